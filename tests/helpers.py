@@ -1,0 +1,88 @@
+"""Small networks with exits, and ways to watch what they compute."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import timm
+import torch
+from torch import nn
+
+import timm_dfs  # noqa: F401  registers the models
+
+CLASSES = 5
+
+
+def tiny_msdnet(name="dfs_msdnet_cifar100", **kwargs):
+    """Exits after layers 3, 4 and 5; three scales, of which the last layer keeps the coarsest."""
+    settings = dict(exits=3, base=3, step=1, stem_width=4, growth_rate=4, head_width=8, num_classes=CLASSES)
+    return timm.create_model(name, **dict(settings, **kwargs))
+
+
+def tiny_resnet(**kwargs):
+    settings = dict(layers=(1, 1, 2), channels=(8, 12, 16), num_classes=CLASSES)
+    return timm.create_model("dfs_resnet18_cifar100", **dict(settings, **kwargs))
+
+
+def tiny_vgg(**kwargs):
+    settings = dict(depths=(1, 2), widths=(6, 8), num_classes=CLASSES)
+    return timm.create_model("dfs_vgg7_cifar100", **dict(settings, **kwargs))
+
+
+TINY = {"msdnet": tiny_msdnet, "resnet": tiny_resnet, "vgg": tiny_vgg}
+
+
+def images(batch=4, size=16, channels=3, seed=0):
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def settled(model, seed=1):
+    """The model in eval mode, batch norm filled so that no two channels and no two samples look alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=generator))
+                module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+        for head in model.heads:
+            head.fc.weight.mul_(8)
+    return model.eval()
+
+
+def same_weights(model, other):
+    """``other`` with the weights of ``model``."""
+    other.load_state_dict(model.state_dict())
+    return other.train(model.training)
+
+
+@contextmanager
+def recorded_batches(modules):
+    """Batch sizes with which each of the named modules is called, by name; names never called are absent."""
+    calls = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: calls.setdefault(name, []).append(inputs[0].shape[0])
+        )
+        for name, module in modules.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recorded_heads(model):
+    return recorded_batches(dict(enumerate(model.heads)))
+
+
+def cells(model):
+    """MSDNet's cells by (layer from 1, scale from the coarsest)."""
+    return {(layer, j): cell for layer, row in enumerate(model.layers, 1) for j, cell in enumerate(row)}
+
+
+def module_modes(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def counted(values):
+    return dict(Counter(values))

@@ -1,0 +1,157 @@
+"""The command line: readable output, JSON for scripts, one clear line and exit code 2 for a user's mistake."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from timm_dfs.cli import app
+
+VGG_THRESHOLDS = "0.5,0.5,0.5,0.5,0.5,0"
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def run_json(*args):
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def assert_one_line(result, *words):
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("timm-dfs: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "vgg7.safetensors"
+    save_file(timm.create_model("dfs_vgg7_cifar100").state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    file = tmp_path_factory.mktemp("images") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A tiny data set in the layout of the Hub's CIFAR-100."""
+    folder = tmp_path_factory.mktemp("dataset")
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    data = datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(image) for image in noise], "fine_label": [3, 1, 4, 1, 5, 9]},
+        features=datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(num_classes=100)}),
+    )
+    data.to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder
+
+
+def test_list_names_every_model_and_says_which_have_weights():
+    rows = run_json("list")
+    assert [row["name"] for row in rows] == timm.list_models("dfs_*")
+    assert {row["name"] for row in rows if row["weights"]} == set(timm.list_pretrained("dfs_*"))
+    assert "dfs_vgg16_imagenet" in run("list").stdout
+
+
+def test_info_describes_each_exit():
+    data = run_json("info", "dfs_vgg7_cifar100")
+    assert [row["channels"] for row in data["exits"]] == [64, 64, 128, 128, 256, 256]
+    assert "stages.5" in run("info", "dfs_vgg7_cifar100").stdout
+
+
+def test_flops_gives_both_conventions_at_any_size():
+    native, large = run_json("flops", "dfs_vgg7_cifar100"), run_json("flops", "dfs_vgg7_cifar100", "--input-size", 3, 64, 64)
+    assert len(native["published"]) == len(native["lazy"]) == 6
+    assert all(a < b for a, b in zip(native["published"], large["published"], strict=True))
+    assert native["last_exit_alone"] < native["published"][-1]
+    assert "multiply-adds" in run("flops", "dfs_vgg7_cifar100").stdout
+
+
+def test_predict_shows_every_exit_and_which_one_answers(checkpoint, picture):
+    args = "predict", "dfs_vgg7_cifar100", picture, "--checkpoint", checkpoint, "--thresholds"
+    (first,) = run_json(*args, "0,0,0,0,0,0")["images"]
+    (last,) = run_json(*args, "2,2,2,2,2,2")["images"]
+    assert (first["exit"], last["exit"]) == (0, 5)
+    assert first["saved"] > 0.9 > last["saved"]
+    assert first["label"] == first["exits"][0]["label"] and last["label"] == last["exits"][5]["label"]
+    shown = run(*args, "0,0,0,0,0,0").stdout
+    assert "exit 0 answers" in shown and first["label"] in shown
+
+
+def test_eval_gives_every_exit_s_accuracy_and_cost(checkpoint, pictures):
+    args = "eval", "dfs_vgg7_cifar100", "--dataset", f"hfds/{pictures}", "--checkpoint", checkpoint, "--workers", 0
+    data = run_json(*args)
+    assert data["samples"] == 6
+    for key in ("top1", "top5", "ece", "flops", "flops_lazy"):
+        assert len(data[key]) == 6, key
+    assert all(0 <= top1 <= top5 <= 100 for top1, top5 in zip(data["top1"], data["top5"], strict=True))
+    assert "top-1" in run(*args).stdout
+
+
+def test_demo_answers_real_photographs_and_says_which_it_cannot_know():
+    data = run_json("demo", "--batch-size", 4)
+    assert sum(data["exit_counts"]) == 4
+    assert {row["image"] for row in data["photographs"] if row["subject"] is None} == {"chelsea", "hubble_deep_field"}
+    assert data["images_per_second"]["early_exit"] > 0
+    shown = run("demo", "--batch-size", 4).stdout
+    assert "rocket" in shown and "images/s" in shown and "no class for chelsea" in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("info", "resnet5"), ("resnet5", "timm-dfs list")),
+        (("info", "resnet18"), ("resnet18", "timm-dfs list")),
+        (("predict", "dfs_vgg7_cifar100", "absent.png"), ("absent.png", "check the path")),
+        (("flops", "dfs_vgg7_cifar100", "--input-size", 3, 0, 32), ("(3, 0, 32)",)),
+        (("eval", "dfs_vgg16_imagenet"), ("dfs_vgg16_imagenet", "train.py")),
+        (("demo", "--preset", "quick"), ("quick", "balanced")),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_it(args, words):
+    assert_one_line(run(*args), *words)
+
+
+@pytest.mark.parametrize("thresholds", ["0.5", "0.5,x,0.5,0.5,0.5,0", "nan,0,0,0,0,0", ""])
+def test_bad_thresholds_are_refused(thresholds, checkpoint, picture):
+    result = run("predict", "dfs_vgg7_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", thresholds)
+    assert_one_line(result, "threshold")
+
+
+def test_a_model_without_presets_asks_for_thresholds(checkpoint, picture):
+    assert_one_line(run("predict", "dfs_vgg7_cifar100", picture, "--checkpoint", checkpoint), "--thresholds")
+
+
+def test_a_checkpoint_of_another_network_is_refused(checkpoint, picture):
+    result = run("predict", "dfs_resnet18_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS)
+    assert_one_line(result, "vgg7.safetensors", "do not fit")
+
+
+def test_a_missing_data_set_is_one_line(checkpoint, tmp_path):
+    result = run(
+        "eval", "dfs_vgg7_cifar100", "--dataset", f"hfds/{tmp_path}/absent", "--checkpoint", checkpoint, "--workers", 0
+    )
+    assert_one_line(result, "absent")
+
+
+def test_a_missing_column_is_one_line(checkpoint, pictures):
+    result = run(
+        "eval", "dfs_vgg7_cifar100", "--dataset", f"hfds/{pictures}", "--checkpoint", checkpoint, "--input-key", "pic"
+    )
+    assert_one_line(result, "pic")

@@ -1,0 +1,151 @@
+"""The gradient table of the design: who may train which channels of an exit's feature."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timm_dfs import Partition
+
+BETAS = st.one_of(st.none(), st.floats(0, 1), st.sampled_from([0, 0.25, 0.5, 1]))
+REFERENCING = st.sampled_from(["two_sided", "one_sided", "off"])
+
+# referencing: which channels get a gradient (from the deeper layers, from the exit's head)
+GRADIENT_TABLE = {
+    "two_sided": ("shared", "own"),
+    "one_sided": ("shared", "all"),
+    "off": ("shared", "own"),
+}
+
+
+@st.composite
+def features(draw):
+    """A feature of 1 to 4 axes and one of them, counted from either end, as its channels."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    dim = draw(st.integers(-len(shape), len(shape) - 1))
+    shape[dim] = draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    return 1 + torch.rand(shape, generator=generator), dim
+
+
+def channels_of(feature, dim):
+    """The feature with its channels first, everything else flat."""
+    return feature.movedim(dim, 0).reshape(feature.shape[dim], -1)
+
+
+def trained_channels(output, feature, dim):
+    """Which channels of the feature get a gradient from the output; all or none of a channel's values must."""
+    if not output.requires_grad:
+        return [False] * feature.shape[dim]
+    (gradient,) = torch.autograd.grad(output.sum(), feature, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return [False] * feature.shape[dim]
+    assert ((gradient == 0) | (gradient == 1)).all()
+    per_channel = channels_of(gradient, dim)
+    assert (per_channel == per_channel[:, :1]).all()
+    return (per_channel[:, 0] == 1).tolist()
+
+
+@given(features(), BETAS, REFERENCING)
+def test_sizes_are_the_rounded_share_of_the_channels(feature_and_dim, beta, referencing):
+    feature, dim = feature_and_dim
+    partition = Partition(feature.shape[dim], beta, referencing, dim)
+    assert partition.shared == (feature.shape[dim] if beta is None else round(beta * feature.shape[dim]))
+    assert 0 <= partition.shared <= partition.channels
+
+
+@given(features(), BETAS, st.sampled_from(["two_sided", "one_sided"]), st.booleans())
+def test_values_pass_unchanged_unless_referencing_is_off(feature_and_dim, beta, referencing, with_grad):
+    feature, dim = feature_and_dim
+    with torch.set_grad_enabled(with_grad):
+        onward, own = Partition(feature.shape[dim], beta, referencing, dim)(feature.requires_grad_())
+    assert torch.equal(onward, feature)
+    assert torch.equal(own, feature)
+
+
+@given(features(), st.floats(0, 1), st.booleans())
+def test_off_zeroes_the_other_sides_channels_with_and_without_gradients(feature_and_dim, beta, with_grad):
+    feature, dim = feature_and_dim
+    partition = Partition(feature.shape[dim], beta, "off", dim)
+    with torch.set_grad_enabled(with_grad):
+        onward, own = partition(feature)
+    values = channels_of(feature, dim)
+    onward, own = channels_of(onward, dim), channels_of(own, dim)
+    shared = partition.shared
+    assert torch.equal(onward[:shared], values[:shared]) and not onward[shared:].any()
+    assert torch.equal(own[shared:], values[shared:]) and not own[:shared].any()
+
+
+@given(features(), st.floats(0, 1), REFERENCING)
+def test_gradients_follow_the_table_of_the_design(feature_and_dim, beta, referencing):
+    feature, dim = feature_and_dim
+    feature.requires_grad_()
+    partition = Partition(feature.shape[dim], beta, referencing, dim)
+    is_shared = [c < partition.shared for c in range(partition.channels)]
+    expected = {"shared": is_shared, "own": [not s for s in is_shared], "all": [True] * partition.channels}
+    from_onward, from_head = GRADIENT_TABLE[referencing]
+    onward, own = partition(feature)
+    assert trained_channels(onward, feature, dim) == expected[from_onward]
+    assert trained_channels(own, feature, dim) == expected[from_head]
+
+
+@given(features(), REFERENCING)
+def test_without_beta_both_sides_train_every_channel(feature_and_dim, referencing):
+    feature, dim = feature_and_dim
+    feature.requires_grad_()
+    onward, own = Partition(feature.shape[dim], None, referencing, dim)(feature)
+    assert all(trained_channels(onward * 1, feature, dim))
+    assert all(trained_channels(own * 1, feature, dim))
+    assert torch.equal(onward, feature) and torch.equal(own, feature)
+
+
+@given(features())
+def test_one_sided_at_beta_one_is_joint_training(feature_and_dim):
+    feature, dim = feature_and_dim
+    weight = torch.rand_like(feature)
+    gradients = []
+    for beta in (1, None):
+        leaf = feature.clone().requires_grad_()
+        onward, own = Partition(leaf.shape[dim], beta, "one_sided", dim)(leaf)
+        ((onward * weight).sum() + (own * weight**2).sum()).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("referencing", GRADIENT_TABLE)
+def test_beta_zero_lets_deeper_layers_train_nothing(referencing):
+    feature = torch.rand(2, 5, 3, requires_grad=True)
+    onward, own = Partition(5, 0, referencing)(feature)
+    assert trained_channels(onward, feature, 1) == [False] * 5
+    assert trained_channels(own, feature, 1) == [True] * 5
+
+
+def test_two_sided_at_beta_one_lets_the_head_train_nothing():
+    feature = torch.rand(2, 5, 3, requires_grad=True)
+    onward, own = Partition(5, 1, "two_sided")(feature)
+    assert trained_channels(onward, feature, 1) == [True] * 5
+    assert trained_channels(own, feature, 1) == [False] * 5
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, math.inf, True, "0.5", "joint"])
+def test_a_beta_outside_zero_to_one_is_refused_by_its_value(beta):
+    with pytest.raises(ValueError, match="beta is ") as error:
+        Partition(4, beta)
+    assert repr(beta) in str(error.value)
+
+
+@pytest.mark.parametrize("referencing", ["both", "", None, "Two_Sided", True])
+def test_an_unknown_referencing_is_refused_by_its_value(referencing):
+    with pytest.raises(ValueError, match="'two_sided', 'one_sided', 'off'") as error:
+        Partition(4, 0.5, referencing)
+    assert repr(referencing) in str(error.value)
+
+
+@pytest.mark.parametrize("beta", [None, 0.5])
+def test_a_feature_with_other_channels_is_refused_by_its_shape(beta):
+    with pytest.raises(ValueError, match=r"4 channels on axis 1.*\(2, 5, 3\)"):
+        Partition(4, beta)(torch.rand(2, 5, 3))
+    with pytest.raises(ValueError, match=r"4 channels on axis -1.*\(2, 4, 3\)"):
+        Partition(4, beta, dim=-1)(torch.rand(2, 4, 3))

@@ -1,0 +1,33 @@
+"""Deep Feature Surgery for timm: networks with exits, trained without gradient conflict."""
+
+from . import factory, models, task
+from .budget import BudgetPoint, budgeted_batch, find_thresholds
+from .evaluate import anytime_accuracy, calibration_error, collect_logits
+from .flops import exit_flops
+from .inference import Prediction, predict
+from .losses import ExitsLoss
+from .multi_exit import MultiExitModel
+from .partition import Partition
+from .policy import ExitPolicy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetPoint",
+    "ExitPolicy",
+    "ExitsLoss",
+    "MultiExitModel",
+    "Partition",
+    "Prediction",
+    "anytime_accuracy",
+    "budgeted_batch",
+    "calibration_error",
+    "collect_logits",
+    "exit_flops",
+    "find_thresholds",
+    "models",
+    "predict",
+]
+
+factory.install()
+task.install()

@@ -1,0 +1,97 @@
+"""The main job on real photographs: which exit answers, at what cost, and how much faster the batch goes."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from .images import prepare
+from .inference import predict, resolve_policy
+from .multi_exit import MultiExitModel
+from .policy import ExitPolicy
+
+# Photographs that come inside scikit-image, and what CIFAR-100 calls their subject (None: it has no such class).
+PHOTOGRAPHS: dict[str, str | None] = {
+    "rocket": "rocket",
+    "coffee": "cup",
+    "astronaut": "woman",
+    "stereo_motorcycle": "motorcycle",
+    "chelsea": None,
+    "hubble_deep_field": None,
+}
+
+
+def photographs() -> dict[str, Image.Image]:
+    """The demo's photographs by name, RGB.
+
+    Raises:
+        ModuleNotFoundError: If scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The demo's photographs come from scikit-image: pip install 'timm-dfs[demo]'."
+        ) from error
+    images = {}
+    for name in PHOTOGRAPHS:
+        loaded = getattr(data, name)()
+        images[name] = Image.fromarray(loaded[0] if isinstance(loaded, tuple) else loaded).convert("RGB")
+    return images
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Images per second of the whole network (its last exit alone) and of early exit on the same batch.
+
+    Attributes:
+        batch_size: Images in the batch.
+        full: Images per second, last exit alone.
+        early: Images per second, early exit.
+        exit_counts: How many images each exit answered.
+    """
+
+    batch_size: int
+    full: float
+    early: float
+    exit_counts: tuple[int, ...]
+
+
+def crops(images: list[Image.Image], batch_size: int, seed: int = 0) -> list[Image.Image]:
+    """``batch_size`` random square crops of the images, half of them mirrored: many views of few photographs."""
+    generator = torch.Generator().manual_seed(seed)
+    views = []
+    for i in range(batch_size):
+        image = images[i % len(images)]
+        share, left, top, mirror = torch.rand(4, generator=generator).tolist()
+        side = round(min(image.size) * (0.6 + 0.4 * share))
+        x, y = round(left * (image.width - side)), round(top * (image.height - side))
+        view = image.crop((x, y, x + side, y + side))
+        views.append(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else view)
+    return views
+
+
+def measure(
+    model: MultiExitModel, images: list[Image.Image], policy: ExitPolicy | str, batch_size: int = 64, repeats: int = 7
+) -> Throughput:
+    """Time early exit against the last exit alone on crops of ``images``: interleaved runs, medians, eval mode."""
+    policy = resolve_policy(model, policy)
+    x = prepare(model, crops(images, batch_size))
+    model.eval()
+    exit_index = predict(model, x, policy).exit_index
+    seconds: dict[str, list[float]] = {"full": [], "early": []}
+    for repeat in range(repeats + 1):  # the first run warms up
+        for name, run in (("full", lambda: model(x)), ("early", lambda: predict(model, x, policy))):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                run()
+            if repeat > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return Throughput(
+        batch_size=batch_size,
+        full=batch_size / statistics.median(seconds["full"]),
+        early=batch_size / statistics.median(seconds["early"]),
+        exit_counts=tuple(torch.bincount(exit_index.cpu(), minlength=model.num_exits).tolist()),
+    )

@@ -1,0 +1,87 @@
+"""What each exit is worth over a whole data set."""
+
+from collections.abc import Iterable
+
+import torch
+
+from .multi_exit import MultiExitModel, evaluating
+
+
+def collect_logits(
+    model: MultiExitModel, loader: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of every exit for every sample of a loader, in its order.
+
+    Args:
+        model: A network with exits; evaluated in eval mode and left in the mode it was in.
+        loader: Batches of images (B, in_chans, H, W) and targets (B,); moved to the model's device and type.
+
+    Returns:
+        Logits (E, N, C) in float32 and targets (N,), both on the CPU.
+
+    Raises:
+        ValueError: If the loader is empty.
+    """
+    reference = next(model.parameters())
+    logits, targets = [], []
+    with evaluating(model), torch.inference_mode():
+        for x, target in loader:
+            answers = torch.stack(model.forward_exits(x.to(reference)))
+            logits.append(answers.float().cpu())
+            targets.append(target.cpu())
+    if not logits:
+        raise ValueError("The loader gave no batch; check the data set and split.")
+    return torch.cat(logits, 1), torch.cat(targets)
+
+
+def anytime_accuracy(logits: torch.Tensor, targets: torch.Tensor, topk: int = 1) -> torch.Tensor:
+    """Accuracy of each exit over all samples (anytime prediction; MSDNet, section 5).
+
+    Args:
+        logits: Logits (E, N, C).
+        targets: Targets (N,).
+        topk: Count an answer as right if the target is among the ``topk`` largest logits.
+
+    Returns:
+        Accuracy (E,), percent, float32.
+
+    Raises:
+        ValueError: If shapes disagree, there is no sample, or ``topk`` is not in 1 … C.
+    """
+    _check(logits, targets)
+    if not 1 <= topk <= logits.shape[-1]:
+        raise ValueError(f"topk is {topk}; there are {logits.shape[-1]} classes.")
+    right = (logits.topk(topk).indices == targets[:, None]).any(-1)
+    return 100 * right.float().mean(1)
+
+
+def calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> torch.Tensor:
+    """Expected calibration error of each exit (Guo et al., ICML 2017, arXiv 1706.04599, equation 5).
+
+    Args:
+        logits: Logits (E, N, C).
+        targets: Targets (N,).
+        bins: Number of equally wide bins of confidence.
+
+    Returns:
+        Error (E,) in [0, 1], float32.
+
+    Raises:
+        ValueError: If shapes disagree, there is no sample, or ``bins`` is not positive.
+    """
+    _check(logits, targets)
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; give at least 1.")
+    confidence, answer = logits.softmax(-1, dtype=torch.float32).max(-1)
+    gap = (answer == targets).float() - confidence
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    per_bin = torch.zeros(len(logits), bins).scatter_add_(1, index, gap)
+    return per_bin.abs().sum(1) / logits.shape[1]
+
+
+def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
+    if logits.ndim != 3 or targets.shape != logits.shape[1:2] or len(targets) == 0:
+        raise ValueError(
+            f"Logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}; "
+            "give (exits, samples, classes) and (samples,), at least one sample."
+        )

@@ -1,0 +1,53 @@
+"""How ``beta=None`` reaches a model through ``timm.create_model``.
+
+timm drops keyword arguments that are None before it calls an entrypoint, so ``beta=None``, joint training,
+would silently give the default beta. Callers (``train.py`` among them) have often imported ``create_model``
+before the plugin, so replacing the name would come too late: the function itself is taught to spell the value.
+"""
+
+import inspect
+import types
+from typing import Any
+
+from timm import models
+
+JOINT = "joint"
+"""``beta=None`` as it travels through timm, and in a ``config.json``'s ``model_args``."""
+
+_FOREIGN_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def spell_joint(model_name: str, kwargs: dict) -> dict:
+    """``create_model``'s keyword arguments, an explicit ``beta=None`` for a model of ours spelt :data:`JOINT`."""
+    if "beta" in kwargs and kwargs["beta"] is None and model_name.startswith(("dfs_", *_FOREIGN_SOURCES)):
+        return dict(kwargs, beta=JOINT)
+    return kwargs
+
+
+def install() -> None:
+    """Make ``timm.create_model`` pass ``beta=None`` on. Repeating it is harmless."""
+    create_model: Any = models.create_model
+    if hasattr(create_model, "__wrapped__"):
+        return
+    original = types.FunctionType(
+        create_model.__code__,
+        create_model.__globals__,
+        create_model.__name__,
+        create_model.__defaults__,
+        create_model.__closure__,
+    )
+    original.__kwdefaults__ = create_model.__kwdefaults__
+
+    def create(model_name, *args, **kwargs):
+        return original(model_name, *args, **spell_joint(model_name, kwargs))
+
+    def shim(model_name, *args, **kwargs):
+        return _timm_dfs_create(model_name, *args, **kwargs)  # noqa: F821  set in the globals of timm's factory
+
+    signature = inspect.signature(create_model)
+    create_model.__globals__["_timm_dfs_create"] = create
+    create_model.__code__ = shim.__code__
+    create_model.__defaults__ = None
+    create_model.__kwdefaults__ = None
+    create_model.__signature__ = signature
+    create_model.__wrapped__ = original

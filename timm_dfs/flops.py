@@ -1,0 +1,112 @@
+"""Cost of each exit in multiply-adds, as fvcore counts them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .multi_exit import MultiExitModel, evaluating
+
+# Operators without multiply-adds in fvcore's count: elementwise arithmetic, activations, pooling, copies.
+FREE_OPERATORS = frozenset(
+    f"aten::{name}"
+    for name in """
+    abs add add_ sub sub_ rsub mul mul_ div div_ neg pow sqrt rsqrt exp log sigmoid sigmoid_ tanh clamp clamp_
+    relu relu_ relu6 hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ silu silu_ gelu elu
+    leaky_relu leaky_relu_ softplus softmax log_softmax mean sum max amax min amin argmax cumsum
+    max_pool2d avg_pool2d adaptive_max_pool2d
+    cat stack copy_ clone contiguous zeros zeros_like ones ones_like empty full full_like arange fill_
+    index index_select gather where masked_fill roll pad constant_pad_nd repeat repeat_interleave expand expand_as
+    feature_dropout dropout eq ne lt le gt ge bitwise_not logical_not detach alias lift_fresh
+    """.split()
+)
+
+
+def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of scaled dot-product attention: queries by keys, then weights by values."""
+    query, key, value = (tuple(value.type().sizes()) for value in inputs[:3])
+    batch = 1
+    for size in query[:-2]:
+        batch *= size
+    return batch * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+class _UpTo(nn.Module):
+    """What is computed up to one exit, every result of it an output, so that a trace drops none."""
+
+    def __init__(self, model: MultiExitModel, exit_index: int, lazy: bool):
+        super().__init__()
+        self.model = model
+        self.exit_index = exit_index
+        self.lazy = lazy
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits: list[torch.Tensor] = []
+        state = self.model.walk(x, lambda _, answer: logits.append(answer), range(self.exit_index + 1))
+        if self.lazy:
+            return tuple(logits)
+        return (*logits, *self.model.settle(state, self.exit_index))
+
+
+class _LastExit(nn.Module):
+    """The last exit's answer alone, no other head computed."""
+
+    def __init__(self, model: MultiExitModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_head(self.model.forward_features(x))
+
+
+def exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None, lazy: bool = False) -> list[int]:
+    """Multiply-adds for one image up to and including each exit, heads of the exits before it included.
+
+    Counted by fvcore: one multiply-add is one; convolution, linear, batch norm and interpolation count,
+    elementwise operations and max-pooling do not.
+
+    Args:
+        model: A network with exits.
+        input_size: (channels, height, width) of the image; by default the pretrained config's.
+        lazy: ``False``: the published convention, all that the training forward computes up to the exit.
+            ``True``: what :func:`timm_dfs.predict` executes for a sample that leaves there.
+
+    Returns:
+        One count per exit, shallow to deep.
+
+    Raises:
+        ValueError: If an operator costs something that fvcore cannot count, or ``input_size`` is not three
+            positive numbers.
+    """
+    return [_count(_UpTo(model, k, lazy), model, input_size) for k in range(model.num_exits)]
+
+
+def last_exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None) -> int:
+    """Multiply-adds of the last exit's answer alone: the network without early exits, and early exit's rival.
+
+    Args and errors as for :func:`exit_flops`.
+    """
+    return _count(_LastExit(model), model, input_size)
+
+
+def _count(module: nn.Module, model: MultiExitModel, input_size: Sequence[int] | None) -> int:
+    from fvcore.nn import FlopCountAnalysis
+
+    size = tuple(model.pretrained_cfg["input_size"] if input_size is None else input_size)
+    if len(size) != 3 or min(size) < 1:
+        raise ValueError(f"input_size is {size}; give (channels, height, width).")
+    reference = next(model.parameters())
+    image = torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
+    with evaluating(model), torch.no_grad():
+        analysis = FlopCountAnalysis(module.eval(), image)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        total = analysis.total()
+        unknown = sorted(set(analysis.unsupported_ops()) - FREE_OPERATORS)
+    if unknown:
+        raise ValueError(
+            f"Cannot count the cost of {', '.join(unknown)}: give it a handle in timm_dfs/flops.py, "
+            "or add it to FREE_OPERATORS if it does no multiply-adds."
+        )
+    return int(total)

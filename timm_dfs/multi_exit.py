@@ -1,0 +1,193 @@
+"""What every multi-exit network shares: one walk from shallow to deep that asks a visitor at each exit."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from timm.models import checkpoint, register_notrace_module
+from torch import nn
+
+from .heads import ExitHead
+from .partition import Partition, check_beta, check_referencing
+
+register_notrace_module(Partition)  # whether it splits depends on the gradient mode, which FX cannot trace
+
+Visitor = Callable[[int, torch.Tensor], "torch.Tensor | None"]
+"""Called as ``visit(exit_index, logits)`` at an exit. Returns the rows of the batch (int64 indices) that go on:
+``None`` for all of them, an empty tensor to stop."""
+
+
+class MultiExitModel(nn.Module):
+    """Base of the networks with exits.
+
+    Training, evaluation, early-exit inference and cost counting all run :meth:`walk`; they differ in the
+    visitor they bring. A subclass says how its backbone begins (:meth:`start`) and how it gets from one exit
+    point to the next (:meth:`advance`). What flows between exit points is a list of batch-first tensors whose
+    first is the feature at the exit point; the others are what only deeper layers need.
+
+    A subclass builds its layers, sets ``feature_info`` (one entry per exit) and then calls
+    :meth:`attach_exits`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_chans: int,
+        drop_rate: float,
+        beta: float | None,
+        referencing: str,
+        presets: dict[str, dict] | None,
+    ):
+        super().__init__()
+        check_beta(beta)
+        check_referencing(referencing)
+        if in_chans < 1:
+            raise ValueError(f"in_chans is {in_chans}; give at least 1.")
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate is {drop_rate}; give a number in [0, 1).")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.beta = beta
+        self.referencing = referencing
+        self.presets = dict(presets or {})
+        self.grad_checkpointing = False
+
+    def attach_exits(self, heads: list[ExitHead]) -> None:
+        """Give exit k its head and, except for the last, its partition; sizes come from ``feature_info``."""
+        self.heads = nn.ModuleList(heads)
+        self.partitions = nn.ModuleList(
+            Partition(info["num_chs"], self.beta, self.referencing) for info in self.feature_info[:-1]
+        )
+        self.num_features = heads[-1].in_features
+        self.head_hidden_size = heads[-1].num_features
+
+    # What a subclass provides.
+
+    feature_info: list[dict]
+    head_hidden_size: int
+    num_features: int
+    num_classes: int
+    presets: dict[str, dict]
+    pretrained_cfg: dict
+
+    def start(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """From images (B, in_chans, H, W) to the state before the first exit."""
+        raise NotImplementedError
+
+    def advance(self, state: list[torch.Tensor], exit_index: int) -> list[torch.Tensor]:
+        """From the state after exit ``exit_index - 1`` to the one at exit ``exit_index``.
+
+        Computes only what this exit needs; the rest waits until somebody goes deeper.
+        """
+        raise NotImplementedError
+
+    def settle(self, state: list[torch.Tensor], exit_index: int) -> list[torch.Tensor]:
+        """Compute what :meth:`advance` left waiting at ``exit_index``: nothing, for a plain chain of layers."""
+        return state
+
+    # The walk.
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.heads)
+
+    @property
+    def exit_points(self) -> tuple[str, ...]:
+        """Names of the modules after which the exits are attached, shallow to deep."""
+        return tuple(info["module"] for info in self.feature_info)
+
+    def walk(self, x: torch.Tensor, visit: Visitor, exits: Collection[int] | None = None) -> list[torch.Tensor]:
+        """Run the network shallow to deep and call ``visit(exit_index, logits)`` at each exit.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            visit: The visitor; the rows it returns go on, none stops the walk.
+            exits: Exits to visit (all by default). No other head is computed, and nothing beyond the deepest;
+                without any, the backbone runs to its end.
+
+        Returns:
+            The state where the walk ended.
+
+        Raises:
+            ValueError: If ``exits`` names an exit that the network does not have.
+        """
+        last = self.num_exits - 1
+        exits = range(self.num_exits) if exits is None else exits
+        deepest = max(exits, default=last)
+        if deepest > last or min(exits, default=0) < 0:
+            raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
+        state = self.start(x)
+        for k in range(deepest + 1):
+            state = self.advance(state, k)
+            onward, feature = self.partitions[k](state[0]) if k < last else (state[0], state[0])
+            state = [onward, *state[1:]]
+            if k in exits:
+                rows = visit(k, self.heads[k](feature))
+                if rows is not None:
+                    if rows.numel() == 0:
+                        break
+                    state = [tensor[rows] for tensor in state]
+        return state
+
+    def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of all E exits for images (B, in_chans, H, W): E tensors (B, num_classes), shallow to deep."""
+        logits: list[torch.Tensor] = []
+        self.walk(x, lambda _, answer: logits.append(answer))
+        return tuple(logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """All exits' logits in training mode; in eval mode the last exit's alone, no other head computed."""
+        if self.training:
+            return self.forward_exits(x)
+        return self.forward_head(self.forward_features(x))
+
+    # timm's verbs.
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last exit's unpooled feature (B, num_features, H', W'), its head's body included."""
+        state = self.walk(x, lambda *_: None, exits=())
+        return self.heads[-1].body(state[0])
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The last exit's logits from :meth:`forward_features`."""
+        return self.heads[-1].pool_and_classify(x, pre_logits=pre_logits)
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The classifiers of all exits, shallow to deep."""
+        return tuple(head.get_submodule("fc") for head in self.heads)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give every exit a fresh classifier; presets, fitted to the old ones, are dropped."""
+        reference = next(self.parameters())
+        for head in self.heads:
+            head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
+        self.head_hidden_size = self.heads[-1].num_features  # type: ignore[assignment]
+        self.num_classes = num_classes
+        self.presets = {}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs)
+        return module(*inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode for the duration; every module gets its own mode back.
+
+    A model that is in eval mode already is not touched, so threads may share it.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

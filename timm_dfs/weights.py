@@ -1,0 +1,162 @@
+"""Where weights come from, and building a model with them through timm's own machinery."""
+
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, generate_default_cfgs
+from timm.models._builder import resolve_pretrained_cfg
+
+from .factory import JOINT
+from .multi_exit import MultiExitModel
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+Model = TypeVar("Model", bound=MultiExitModel)
+
+_PACKAGE = Path(__file__).parent
+
+
+def packaged_folder(name: str) -> Path | None:
+    """Folder with the weights that came with this installation under a model's name; ``None`` if none did."""
+    for hub in (_PACKAGE / "hub", _PACKAGE.parent / "hub"):  # in a wheel; in a checkout
+        if (hub / name / WEIGHTS_FILE).is_file() and (hub / name / CONFIG_FILE).is_file():
+            return hub / name
+    return None
+
+
+def pretrained_cfgs(cfgs: dict[str, dict]) -> dict[str, DefaultCfg]:
+    """timm's ``default_cfgs`` from plain dicts, with the packaged weights of those that have any."""
+    with_files: dict[str, dict | PretrainedCfg] = {}
+    for name, cfg in cfgs.items():
+        folder = packaged_folder(name)
+        with_files[name] = dict(cfg, file=str(folder / WEIGHTS_FILE)) if folder else cfg
+    return generate_default_cfgs(with_files)
+
+
+def packaged_model_args(file: str | None) -> dict:
+    """Keyword arguments that belong to packaged weights: ``config.json``'s ``model_args`` beside ``file``."""
+    if file is None:
+        return {}
+    folder = Path(file).parent
+    if packaged_folder(folder.name) != folder:
+        return {}
+    return json.loads((folder / CONFIG_FILE).read_text())["model_args"]
+
+
+def build_model(
+    model_cls: type[Model],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[[dict, Model], dict],
+    num_exits: int,
+    **kwargs,
+) -> Model:
+    """Build a registered model, with weights from the file, folder or Hub its pretrained config names.
+
+    Args:
+        model_cls: The model's class.
+        variant: Its registered name.
+        pretrained: Whether to load weights.
+        filter_fn: Renames the keys of an official checkpoint.
+        num_exits: Number of exits the model will have.
+        **kwargs: What timm passes to an entrypoint, and the class's own arguments.
+
+    Raises:
+        ValueError: If there are no weights, they cannot be read, or they do not fit the model.
+        FileNotFoundError: If the file that is to hold them does not exist.
+    """
+    source = ""
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        source = _source(cfg)
+        if not source:
+            raise ValueError(
+                f"There are no trained weights for {variant} yet. Train them with timm's train.py "
+                f"(--device-modules timm_dfs --model {variant}, see recipes/), give your own with "
+                "pretrained_cfg_overlay=dict(file=...), or use pretrained=False."
+            )
+        if source == cfg.file:
+            kwargs = {**packaged_model_args(source), **kwargs}
+    if kwargs.get("beta") == JOINT:
+        kwargs["beta"] = None
+    classifiers = tuple(f"heads.{k}.fc" for k in range(num_exits))  # timm adapts those to another num_classes
+    kwargs["pretrained_cfg_overlay"] = dict(kwargs.get("pretrained_cfg_overlay") or {}, classifier=classifiers)
+
+    def checked_filter_fn(state_dict: dict, model: Model) -> dict:
+        state_dict = filter_fn(state_dict, model)
+        _check_keys(state_dict, model, source)
+        return state_dict
+
+    try:
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checked_filter_fn,
+            feature_cfg=dict(feature_cls="hook", out_indices=tuple(range(num_exits))),
+            **kwargs,
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no weights file {source}; check the path.") from error
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"Cannot load {source} into {variant}: {error} Give a .safetensors file or a checkpoint of tensors only "
+            "(nothing else is unpickled) that was saved by this model or by the official code for it."
+        ) from error
+    _drop_unfit_presets(model)
+    return model
+
+
+def _source(cfg: PretrainedCfg) -> str:
+    """Where timm loads from, given this config; empty if nowhere."""
+    if cfg.source == "hf-hub":
+        return cfg.hf_hub_id or ""
+    if cfg.state_dict:
+        return "the given state dict"
+    return str(cfg.file or cfg.hf_hub_id or cfg.url or "")
+
+
+def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
+    optional = {f"{name}.{part}" for name in model.pretrained_cfg["classifier"] for part in ("weight", "bias")}
+    if model.num_classes > 0:  # without classes, those of the checkpoint are let go
+        optional = set()
+    expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    present = {key for key in state_dict if not key.endswith("num_batches_tracked")} - optional
+    problems = [
+        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", expected - present), ("unknown", present - expected))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights from {source} do not fit {type(model).__name__}: {' and '.join(problems)} of its "
+            f"{len(expected)} tensors. Give the exits and other settings that they were trained with."
+        )
+
+
+def _drop_unfit_presets(model: MultiExitModel) -> None:
+    """Presets hold thresholds for one set of classes and exits: with others, they mean nothing."""
+    if not isinstance(model, MultiExitModel):  # features_only wraps it
+        return
+    presets = model.presets
+    trained_classes = model.pretrained_cfg.get("num_classes")
+    unfit = [
+        name
+        for name, preset in presets.items()
+        if model.num_classes != trained_classes or len(preset["thresholds"]) != model.num_exits
+    ]
+    if unfit:
+        warnings.warn(
+            f"Dropped the presets {', '.join(unfit)}: they were fitted for {trained_classes} classes and "
+            f"{len(presets[unfit[0]]['thresholds'])} exits, this model has {model.num_classes} and {model.num_exits}.",
+            stacklevel=2,
+        )
+        model.presets = {name: preset for name, preset in presets.items() if name not in unfit}

@@ -67,6 +67,7 @@ def main() -> None:
         flops=flops,
         flops_lazy=lazy,
         last_exit_flops=last_exit_flops(trained),
+        golden_logits=hub.golden_logits(shipped()),
         held_out=dict(split=recipe["val_split"], **accuracy(val)),
         test=dict(
             split="test",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("timm_dfs", deadline=None, derandomize=True, max_examples=50, print_blob=True)
+settings.register_profile("timm_dfs", deadline=None, derandomize=True, max_examples=100, print_blob=True)
 settings.load_profile("timm_dfs")
 
 

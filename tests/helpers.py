@@ -1,6 +1,5 @@
 """Small networks with exits, and ways to watch what they compute."""
 
-from collections import Counter
 from contextlib import contextmanager
 
 import timm
@@ -82,7 +81,3 @@ def cells(model):
 
 def module_modes(model):
     return {name: module.training for name, module in model.named_modules()}
-
-
-def counted(values):
-    return dict(Counter(values))

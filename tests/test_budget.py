@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from formula_fill import exit_logits
@@ -83,13 +82,13 @@ def test_points_go_from_the_cheapest_to_the_dearest(golden_curve):
 # The documented procedure, one sample at a time.
 
 
-def naive_thresholds(logits, fractions):
+def naive_thresholds(logits, thousandths):
     exits, samples, _ = logits.shape
     confidence = [[logits[k, n].softmax(0).max().item() for n in range(samples)] for k in range(exits)]
     left = list(range(samples))
     thresholds = []
     for k in range(exits - 1):
-        count = math.floor(np.float32(samples) * np.float32(fractions[k]))
+        count = samples * thousandths[k] // 1000
         if count < 1 or count > len(left):
             thresholds.append(INF)
             continue
@@ -118,8 +117,9 @@ def distinct_logits(exits, samples, seed):
 
 @given(logits_with_ties(), st.data())
 def test_find_thresholds_equals_the_documented_procedure_ties_included(logits, data):
-    fractions = data.draw(st.lists(st.floats(0, 1, width=32), min_size=len(logits), max_size=len(logits)))
-    assert find_thresholds(logits, fractions).tolist() == pytest.approx(naive_thresholds(logits, fractions), abs=1e-6)
+    parts = data.draw(st.lists(st.integers(0, 1000), min_size=len(logits), max_size=len(logits)))
+    thresholds = find_thresholds(logits, [part / 1000 for part in parts])
+    assert thresholds.tolist() == pytest.approx(naive_thresholds(logits, parts), abs=1e-6)
 
 
 @given(st.integers(1, 4), st.integers(1, 64), st.integers(0, 1000), st.data())
@@ -141,6 +141,13 @@ def test_a_fraction_that_is_a_whole_number_of_samples_is_not_rounded_below_it():
     for wanted in range(1, 101):
         policy = ExitPolicy(find_thresholds(logits, [wanted / 100, 0]))
         assert (policy.exit_index(logits) == 0).sum() == wanted
+
+
+def test_a_fraction_of_millions_of_samples_is_not_exceeded():
+    logits = torch.zeros(2, 2_000_000, 2)
+    logits[0, :1_500_000, 0] = 1  # surer than the rest, and three quarters of all
+    policy = ExitPolicy(find_thresholds(logits, [0.75, 0.25]))
+    assert (policy.exit_index(logits) == 0).sum() == 1_500_000
 
 
 def test_samples_tied_with_the_threshold_leave_too():
@@ -178,7 +185,7 @@ def test_logits_of_another_shape_are_refused_by_their_shape(shape):
 
 @pytest.mark.parametrize("fractions", [[0.5], [0.1, 0.2, 0.3], [[0.5, 0.5]]])
 def test_fractions_for_another_number_of_exits_are_refused(fractions):
-    with pytest.raises(ValueError, match="exit_fractions.*2 exits"):
+    with pytest.raises(ValueError, match=r"exit_fractions.*2 exits"):
         find_thresholds(torch.zeros(2, 5, 4), fractions)
 
 

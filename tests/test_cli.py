@@ -76,7 +76,10 @@ def test_info_describes_each_exit():
 
 
 def test_flops_gives_both_conventions_at_any_size():
-    native, large = run_json("flops", "dfs_vgg7_cifar100"), run_json("flops", "dfs_vgg7_cifar100", "--input-size", 3, 64, 64)
+    native, large = (
+        run_json("flops", "dfs_vgg7_cifar100"),
+        run_json("flops", "dfs_vgg7_cifar100", "--input-size", 3, 64, 64),
+    )
     assert len(native["published"]) == len(native["lazy"]) == 6
     assert all(a < b for a, b in zip(native["published"], large["published"], strict=True))
     assert native["last_exit_alone"] < native["published"][-1]
@@ -139,7 +142,9 @@ def test_a_model_without_presets_asks_for_thresholds(checkpoint, picture):
 
 
 def test_a_checkpoint_of_another_network_is_refused(checkpoint, picture):
-    result = run("predict", "dfs_resnet18_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS)
+    result = run(
+        "predict", "dfs_resnet18_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS
+    )
     assert_one_line(result, "vgg7.safetensors", "do not fit")
 
 

@@ -112,13 +112,20 @@ def test_calibration_error_equals_a_loop_over_bins(seed, bins):
 def test_an_exit_that_is_right_as_often_as_it_says_has_no_error():
     confidences = torch.tensor([0.75] * 4 + [0.6] * 5)
     logits = torch.stack((confidences, 1 - confidences), -1).log()[None]
-    targets = torch.tensor([0, 0, 0, 1] + [0, 0, 0, 1, 1])
+    targets = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1, 1])
     assert calibration_error(logits, targets).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_an_exit_that_is_sure_and_wrong_has_the_whole_error():
     logits = torch.tensor([[[50.0, 0.0]] * 4, [[0.0, 50.0]] * 4])
     assert calibration_error(logits, torch.ones(4, dtype=torch.int64)).tolist() == pytest.approx([1, 0], abs=1e-6)
+
+
+def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower():
+    confidences = torch.tensor([0.5, 0.9])
+    logits = torch.stack((confidences, 1 - confidences), -1).log()[None]
+    # the first is right, the second wrong: in one bin their gaps of 0.5 and -0.9 would cancel
+    assert calibration_error(logits, torch.tensor([0, 1]), bins=2).item() == pytest.approx(0.5 * (0.5 + 0.9), abs=1e-6)
 
 
 @given(st.integers(0, 1000))
@@ -142,5 +149,3 @@ def test_shapes_that_disagree_are_refused_by_their_shapes(measure, logits_shape,
     with pytest.raises(ValueError) as error:
         measure(torch.zeros(logits_shape), torch.zeros(targets_shape, dtype=torch.int64))
     assert str(logits_shape) in str(error.value) and str(targets_shape) in str(error.value)
-
-

@@ -1,6 +1,7 @@
 """Costs per exit: the published convention, and what early exit executes."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,17 +62,11 @@ def test_imagenet_msdnet_costs_what_was_published():
         assert abs(ours - 1e9 * published) <= 0.015 * 1e9 * published + 0.005e9  # published with two decimals
 
 
-@pytest.mark.slow
-def test_resnet18_costs_what_was_published():
-    flops = exit_flops(timm.create_model("dfs_resnet18_cifar100"))
-    assert flops == pytest.approx([1e6 * f for f in PUBLISHED["cifar100_resnet18"]["flops_M"]], rel=0.015)
-
-
 @pytest.mark.parametrize("convention", ["published", "lazy"])
 def test_costs_rise_strictly_from_exit_to_exit(tiny_flops, convention):
     flops = tiny_flops[convention]
     assert all(isinstance(f, int) for f in flops)
-    assert flops[0] > 0 and all(a < b for a, b in zip(flops, flops[1:]))
+    assert flops[0] > 0 and all(a < b for a, b in pairwise(flops))
 
 
 def test_what_is_executed_never_costs_more_than_the_published_convention(tiny_flops):

@@ -215,7 +215,8 @@ def test_a_nan_sample_goes_to_the_last_exit_with_a_warning_and_the_others_are_as
 
 
 def test_a_nan_sample_does_not_leave_at_a_later_exit_that_is_fine(vgg):
-    handle = vgg.heads[0].register_forward_hook(lambda _, inputs, output: output.index_fill(0, torch.tensor([1]), math.nan))
+    spoil = torch.tensor([1])
+    handle = vgg.heads[0].register_forward_hook(lambda _, inputs, output: output.index_fill(0, spoil, math.nan))
     try:
         with pytest.warns(UserWarning, match=r"\[1\]"):
             prediction = predict(vgg, images(), ExitPolicy([1.0, 0.0, 0.0]))
@@ -239,23 +240,24 @@ def with_presets(**presets):
 
 
 def test_a_preset_is_its_thresholds_and_confidence_by_name():
-    model = with_presets(fast=dict(thresholds=[0.0, 0.0, 0.0]), exact=dict(thresholds=[None, None, 0.0], confidence="max_prob"))
+    exact = dict(thresholds=[None, None, 0.0], confidence="max_prob")
+    model = with_presets(fast=dict(thresholds=[0.0, 0.0, 0.0]), exact=exact)
     assert (predict(model, images(), "fast").exit_index == 0).all()
     assert (predict(model, images(), "exact").exit_index == 2).all()
 
 
 def test_an_unknown_preset_is_refused_and_the_known_ones_named():
     model = with_presets(fast=dict(thresholds=[0.0, 0.0, 0.0]))
-    with pytest.raises(ValueError, match="'slow'.*'fast'"):
+    with pytest.raises(ValueError, match=r"'slow'.*'fast'"):
         predict(model, images(), "slow")
-    with pytest.raises(ValueError, match="'slow'.*none"):
+    with pytest.raises(ValueError, match=r"'slow'.*none"):
         predict(tiny_vgg(), images(), "slow")
 
 
 def test_a_preset_for_another_number_of_exits_is_refused():
     model = tiny_vgg()
     model.presets = dict(fast=dict(thresholds=[0.0, 0.0]))
-    with pytest.raises(ValueError, match="2 thresholds.* 3 exits"):
+    with pytest.raises(ValueError, match=r"2 thresholds.* 3 exits"):
         predict(model, images(), "fast")
 
 

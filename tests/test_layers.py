@@ -38,7 +38,8 @@ def resolve(path):
     """The module of the package that a dotted path, perhaps of a name inside a module, lives in."""
     parts = path.split(".")
     while parts:
-        if PACKAGE.joinpath(*parts).with_suffix(".py").is_file() or (PACKAGE.joinpath(*parts) / "__init__.py").is_file():
+        place = PACKAGE.joinpath(*parts)
+        if place.with_suffix(".py").is_file() or (place / "__init__.py").is_file():
             return ".".join(parts)
         parts.pop()
     return ""  # the package itself

@@ -649,7 +649,7 @@ def test_a_growth_that_does_not_halve_is_refused_or_works(growth_rate, factors):
     ids=str,
 )
 def test_stages_that_do_not_fit_are_refused_with_their_numbers(make, settings):
-    with pytest.raises(ValueError, match="positive number|one number") as error:
+    with pytest.raises(ValueError, match=r"positive number|one number") as error:
         make(**settings)
     assert all(str(tuple(value)) in str(error.value) for value in settings.values())
 

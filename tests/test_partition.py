@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from timm_dfs import Partition
 
-BETAS = st.one_of(st.none(), st.floats(0, 1), st.sampled_from([0, 0.25, 0.5, 1]))
+BETAS = st.integers(0, 40).map(lambda n: n / 40)
 REFERENCING = st.sampled_from(["two_sided", "one_sided", "off"])
 
 # referencing: which channels get a gradient (from the deeper layers, from the exit's head)
@@ -52,8 +52,7 @@ def trained_channels(output, feature, dim):
 def test_sizes_are_the_rounded_share_of_the_channels(feature_and_dim, beta, referencing):
     feature, dim = feature_and_dim
     partition = Partition(feature.shape[dim], beta, referencing, dim)
-    assert partition.shared == (feature.shape[dim] if beta is None else round(beta * feature.shape[dim]))
-    assert 0 <= partition.shared <= partition.channels
+    assert partition.shared == round(beta * feature.shape[dim])
 
 
 @given(features(), BETAS, st.sampled_from(["two_sided", "one_sided"]), st.booleans())
@@ -65,7 +64,7 @@ def test_values_pass_unchanged_unless_referencing_is_off(feature_and_dim, beta, 
     assert torch.equal(own, feature)
 
 
-@given(features(), st.floats(0, 1), st.booleans())
+@given(features(), BETAS, st.booleans())
 def test_off_zeroes_the_other_sides_channels_with_and_without_gradients(feature_and_dim, beta, with_grad):
     feature, dim = feature_and_dim
     partition = Partition(feature.shape[dim], beta, "off", dim)
@@ -78,7 +77,7 @@ def test_off_zeroes_the_other_sides_channels_with_and_without_gradients(feature_
     assert torch.equal(own[shared:], values[shared:]) and not own[:shared].any()
 
 
-@given(features(), st.floats(0, 1), REFERENCING)
+@given(features(), BETAS, REFERENCING)
 def test_gradients_follow_the_table_of_the_design(feature_and_dim, beta, referencing):
     feature, dim = feature_and_dim
     feature.requires_grad_()
@@ -112,6 +111,11 @@ def test_one_sided_at_beta_one_is_joint_training(feature_and_dim):
         ((onward * weight).sum() + (own * weight**2).sum()).backward()
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(("beta", "shared"), [(0, 0), (0.1, 1), (0.24, 2), (0.26, 3), (0.5, 5), (0.96, 10), (1, 10)])
+def test_of_ten_channels_the_nearest_whole_number_is_shared(beta, shared):
+    assert Partition(10, beta).shared == shared
 
 
 @pytest.mark.parametrize("referencing", GRADIENT_TABLE)

@@ -109,7 +109,7 @@ def test_empty_thresholds_are_refused(empty):
 
 @pytest.mark.parametrize("thresholds", [[math.nan, 0.5], [0.5, math.nan], torch.tensor([0.5, math.nan])])
 def test_nan_thresholds_are_refused_by_name(thresholds):
-    with pytest.raises(ValueError, match="nan.*NaN"):
+    with pytest.raises(ValueError, match=r"nan.*NaN"):
         ExitPolicy(thresholds)
 
 
@@ -120,7 +120,7 @@ def test_thresholds_for_another_number_of_exits_are_refused_with_both_numbers(co
 
 
 def test_an_unknown_confidence_is_refused_by_its_name():
-    with pytest.raises(ValueError, match="'entropyy'.*'max_prob'"):
+    with pytest.raises(ValueError, match=r"'entropyy'.*'max_prob'"):
         ExitPolicy([0.5, 0.5], confidence="entropyy")
 
 

@@ -41,7 +41,12 @@ def train(pictures, output, *flags):
     script = output / "train.py"
     script.write_text((Path(SCRIPTS) / "train.py").read_text())
     command = [sys.executable, str(script), str(pictures), "--device-modules", "timm_dfs", "--device", "cpu"]
-    command += ["--model", "dfs_msdnet_cifar100", "--model-kwargs", *(f"{key}={value}" for key, value in NETWORK.items())]
+    command += [
+        "--model",
+        "dfs_msdnet_cifar100",
+        "--model-kwargs",
+        *(f"{key}={value}" for key, value in NETWORK.items()),
+    ]
     command += ["--num-classes", "3", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--workers", "0"]
     command += ["--output", str(output), "--experiment", "run", "--lr", "0.05", *flags]
     run = subprocess.run(command, capture_output=True, text=True, cwd=output)

@@ -199,7 +199,7 @@ def test_weights_of_other_widths_are_refused(tmp_path):
 
 def test_weights_of_a_plain_timm_model_are_refused(tmp_path):
     file = saved(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
-    with pytest.raises(ValueError, match="missing.*unknown"):
+    with pytest.raises(ValueError, match=r"missing.*unknown"):
         loaded(tiny_vgg, file)
 
 
@@ -314,7 +314,7 @@ def test_packaged_weights_bring_their_own_settings(package):
 
 
 def test_the_callers_settings_win_over_the_packaged_ones(package):
-    model, file = package
+    _, file = package
     overlay = dict(file=str(file), num_classes=5)
     again = timm.create_model("dfs_vgg7_cifar100", pretrained=True, pretrained_cfg_overlay=overlay, beta=0.25)
     assert again.beta == 0.25 and again.presets == PRESETS
@@ -324,7 +324,7 @@ def test_the_callers_settings_win_over_the_packaged_ones(package):
 
 
 def test_models_with_packaged_weights_are_listed_with_them(package):
-    cfgs = weights.pretrained_cfgs({"dfs_vgg7_cifar100": dict(num_classes=5), "dfs_vgg16_imagenet": dict(num_classes=5)})
+    cfgs = weights.pretrained_cfgs({name: dict(num_classes=5) for name in ("dfs_vgg7_cifar100", "dfs_vgg16_imagenet")})
     assert cfgs["dfs_vgg7_cifar100"].default.file == str(package[1])
     assert cfgs["dfs_vgg16_imagenet"].default.file is None
 
@@ -341,9 +341,9 @@ def test_a_folder_without_its_config_is_no_packaged_model(package):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as timm publishes one, with a jointly trained tiny VGG: (the network, its name for timm)."""
-    model = settled(tiny_vgg(beta=None, presets=PRESETS, pretrained_cfg_overlay=dict(num_classes=5)))
-    args = dict(depths=[1, 2], widths=[6, 8], beta="joint", presets=PRESETS)
+    """A folder as timm publishes one, with a tiny VGG: (the network, its name for timm)."""
+    model = settled(tiny_vgg(beta=0.75, presets=PRESETS, pretrained_cfg_overlay=dict(num_classes=5)))
+    args = dict(depths=[1, 2], widths=[6, 8], beta=0.75, presets=PRESETS)
     timm.models.save_for_hf(model, tmp_path, model_args=args)
     return model, f"local-dir:{tmp_path}"
 
@@ -352,11 +352,11 @@ def test_a_published_folder_comes_back_with_its_settings(folder):
     model, name = folder
     again = timm.create_model(name, pretrained=True)
     assert equal_states(again, model)
-    assert again.beta is None and again.presets == PRESETS and again.num_classes == 5
+    assert again.beta == 0.75 and again.presets == PRESETS and again.num_classes == 5
 
 
 def test_a_published_folder_takes_other_settings_too(folder):
-    model, name = folder
+    _, name = folder
     assert timm.create_model(name, pretrained=True, beta=0.25).beta == 0.25
     assert timm.create_model(name, pretrained=True, beta=None).beta is None
     with pytest.warns(UserWarning, match="Dropped the presets fast"):

@@ -66,13 +66,20 @@ def _thresholds(confidences: torch.Tensor, fractions: torch.Tensor) -> torch.Ten
     num_exits, samples = confidences.shape
     thresholds = torch.full((num_exits,), math.inf)
     for k in range(num_exits - 1):
-        # A whole number of samples must not fall below itself because its float32 fraction was rounded.
-        count = math.floor(samples * fractions[k].item() * (1 + 1e-6))
+        count = _count(samples, fractions[k].item())
         if 0 < count <= confidences.shape[1]:
             thresholds[k] = confidences[k].topk(count).values[-1]
             confidences = confidences[:, confidences[k] < thresholds[k]]
     thresholds[-1] = -math.inf
     return thresholds
+
+
+def _count(samples: int, fraction: float) -> int:
+    """A fraction of the samples, rounded down, except where only the float32 of it fell below a whole number."""
+    nearest = round(samples * fraction)
+    if torch.tensor(nearest / samples, dtype=torch.float32).item() == fraction:
+        return nearest
+    return math.floor(samples * fraction)
 
 
 def budgeted_batch(

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from string import Template
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from .factory import JOINT
-from .multi_exit import MultiExitModel
+from .multi_exit import MultiExitModel, evaluating
 from .weights import CONFIG_FILE, WEIGHTS_FILE
 
 RESULTS_FILE = "results.json"
@@ -31,6 +32,18 @@ def write_weights(model: MultiExitModel, folder: Path) -> None:
             beta=JOINT if model.beta is None else model.beta, referencing=model.referencing, presets=model.presets
         ),
     )
+
+
+def golden_batch(model: MultiExitModel) -> torch.Tensor:
+    """Two images that are the same everywhere, to compare a model's logits on: (2, C, H, W)."""
+    shape = (2, *model.pretrained_cfg["input_size"])
+    return torch.arange(torch.Size(shape).numel()).mul(0.37).sin().reshape(shape)
+
+
+def golden_logits(model: MultiExitModel) -> list[list[list[float]]]:
+    """The first five logits of every exit for each image of :func:`golden_batch`: exits × images × 5."""
+    with evaluating(model), torch.inference_mode():
+        return torch.stack(model.forward_exits(golden_batch(model)))[:, :, :5].tolist()
 
 
 def write_card(folder: Path) -> None:

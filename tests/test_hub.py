@@ -1,0 +1,95 @@
+"""What is shipped: the folders under hub/ load, agree with themselves, and their cards come from their results."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import images, settled, tiny_vgg
+
+import timm_dfs
+from timm_dfs import hub
+from timm_dfs.images import dataset_loader
+
+HUB = Path(__file__).parent.parent / "hub"
+SHIPPED = sorted(folder.name for folder in HUB.iterdir())
+
+
+def results(name):
+    return json.loads((HUB / name / hub.RESULTS_FILE).read_text())
+
+
+def test_a_written_model_loads_from_its_folder_with_settings_and_presets(tmp_path):
+    settings = dict(depths=(1, 2), widths=(6, 8), beta=None, referencing="one_sided")
+    model = settled(tiny_vgg(**settings))
+    model.presets = {"fast": dict(thresholds=[0.5, None, 0.0], confidence="max_prob")}
+    hub.write_weights(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (again.beta, again.referencing, again.presets) == (None, "one_sided", model.presets)
+    assert torch.allclose(again(images()), model(images()), rtol=1e-2, atol=1e-2)  # half precision
+    assert timm_dfs.predict(again, images(), "fast").exit_index.shape == (4,)
+
+
+def test_the_config_is_json_that_any_reader_takes(tmp_path):
+    model = tiny_vgg()
+    model.presets = {"never": dict(thresholds=[None, None, 0.0])}
+    hub.write_weights(model, tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((tmp_path / hub.CONFIG_FILE).read_text(), parse_constant=refuse)
+
+
+def test_something_is_shipped():
+    assert "dfs_msdnet_cifar100" in SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_gives_the_logits_it_was_shipped_with(name):
+    model = timm.create_model(name, pretrained=True)
+    expected = torch.tensor(results(name)["golden_logits"])
+    assert torch.allclose(torch.tensor(hub.golden_logits(model)), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_has_its_operating_points_and_costs_what_its_results_say(name):
+    model = timm.create_model(name, pretrained=True)
+    assert timm_dfs.exit_flops(model, lazy=True) == results(name)["flops_lazy"]
+    assert model.presets.keys() == results(name)["test"]["presets"].keys() and model.presets
+    for preset in model.presets:
+        assert timm_dfs.predict(model, hub.golden_batch(model), preset).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_is_half_precision_and_small(name):
+    assert (HUB / name / "model.safetensors").stat().st_size < 20e6
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_card_is_what_its_results_make(name):
+    assert (HUB / name / hub.CARD_FILE).read_text() == hub.card(HUB / name)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_card_says_how_it_was_trained_and_what_each_exit_does(name):
+    text = hub.card(HUB / name)
+    measured = results(name)
+    assert f"Trained for {measured['training']['epochs']} epochs" in text
+    for top1 in measured["test"]["top1"]:
+        assert re.search(rf"\| {top1:.2f} \|", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_as_accurate_as_its_results_say(name):
+    data = os.environ.get("CIFAR100")
+    if data is None:
+        pytest.skip("CIFAR100 does not name a folder with the data set, in the Hub's layout")
+    model = timm.create_model(name, pretrained=True)
+    loader = dataset_loader(model, f"hfds/{data}", None, "test", "img", "fine_label", 128, 1)
+    top1 = timm_dfs.anytime_accuracy(*timm_dfs.collect_logits(model, loader))
+    assert torch.allclose(top1, torch.tensor(results(name)["test"]["top1"]), atol=0.05)

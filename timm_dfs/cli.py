@@ -76,6 +76,22 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:,.1f}"
 
 
+def _saving(share: float) -> str:
+    """Compute saved against the last exit alone; who goes to the end pays for the heads on the way."""
+    if share >= 0:
+        return f"{share:.0%} of the compute saved"
+    return f"{-share:.0%} more compute than the last exit alone"
+
+
+def _table(*headers: str, title: str | None = None) -> Table:
+    """A table whose columns of numbers (all but those with words) are flush right."""
+    table = Table(title=title)
+    words = {"model", "weights", "input", "after", "answer", "photograph", "CIFAR-100 class"}
+    for header in headers:
+        table.add_column(header, justify="left" if header in words else "right")
+    return table
+
+
 def _labels(model: MultiExitModel) -> tuple[str, ...]:
     return tuple(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
 
@@ -105,7 +121,7 @@ def list_models(as_json: AsJson = False) -> None:
         )
     if as_json:
         return _print_json(rows)
-    table = Table("model", "weights", "classes", "input")
+    table = _table("model", "weights", "classes", "input")
     for row in rows:
         table.add_row(
             row["name"],
@@ -143,7 +159,7 @@ def show_info(model_name: ModelName, as_json: AsJson = False) -> None:
     console.print(
         f"beta {model.beta}, referencing {model.referencing}, weights: {'yes' if data['weights'] else 'none yet'}"
     )
-    table = Table("exit", "after", "channels", "stride", "multiply-adds, M")
+    table = _table("exit", "after", "channels", "stride", "multiply-adds, M")
     for row in data["exits"]:
         table.add_row(
             *map(str, (row["exit"], row["point"], row["channels"], row["reduction"])), _millions(row["flops"])
@@ -171,7 +187,7 @@ def show_flops(
     )
     if as_json:
         return _print_json(data)
-    table = Table("exit", "published", "lazy", title=f"{model_name} at {'×'.join(map(str, size))}: multiply-adds, M")
+    table = _table("exit", "published", "lazy", title=f"{model_name} at {'×'.join(map(str, size))}: multiply-adds, M")
     for k, (published, lazy) in enumerate(zip(data["published"], data["lazy"], strict=True)):
         table.add_row(str(k), _millions(published), _millions(lazy))
     console.print(table)
@@ -200,7 +216,7 @@ def predict_images(
     if as_json:
         return _print_json(dict(model=model_name, last_exit_alone=whole, images=answers))
     for answer in answers:
-        table = Table("exit", "answer", "confidence", "multiply-adds, M", title=answer["image"])
+        table = _table("exit", "answer", "confidence", "multiply-adds, M", title=answer["image"])
         for row in answer["exits"]:
             table.add_row(
                 str(row["exit"]),
@@ -210,9 +226,7 @@ def predict_images(
                 style="bold green" if row["exit"] == answer["exit"] else None,
             )
         console.print(table)
-        console.print(
-            f"exit {answer['exit']} answers [bold]{answer['label']}[/], {answer['saved']:.0%} of the compute saved"
-        )
+        console.print(f"exit {answer['exit']} answers [bold]{answer['label']}[/], {_saving(answer['saved'])}")
 
 
 def _answers(
@@ -271,7 +285,7 @@ def evaluate_model(
     )
     if as_json:
         return _print_json(data)
-    table = Table(
+    table = _table(
         "exit",
         "top-1, %",
         "top-5, %",
@@ -322,7 +336,7 @@ def run_demo(
     )
     if as_json:
         return _print_json(data)
-    table = Table("photograph", "CIFAR-100 class", "answer", "exit", "confidence", "multiply-adds, M", "saved")
+    table = _table("photograph", "CIFAR-100 class", "answer", "exit", "confidence", "multiply-adds, M", "saved")
     for row in data["photographs"]:
         table.add_row(
             row["image"],

@@ -151,9 +151,11 @@ $presets
 
 ## Training
 
-$train_samples images of the training split, recipe `$recipe`, seed $seed, on $hardware, $hours hours
-between the run's first and last file, on a machine that did other work too. $versions. Everything measured is in
-`results.json`.
+- $train_samples images of the training split, recipe `$recipe`, seed $seed
+- $hardware; $hours hours between the run's first file and its last, on a machine that did other work too
+- $versions
+
+Everything measured is in `results.json`.
 
 ## Limits and risks
 

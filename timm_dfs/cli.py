@@ -86,7 +86,7 @@ def _saving(share: float) -> str:
 def _table(*headers: str, title: str | None = None) -> Table:
     """A table whose columns of numbers (all but those with words) are flush right."""
     table = Table(title=title)
-    words = {"model", "weights", "input", "after", "answer", "photograph", "CIFAR-100 class"}
+    words = {"model", "weights", "input", "after", "answer", "photograph", "is a"}
     for header in headers:
         table.add_column(header, justify="left" if header in words else "right")
     return table
@@ -336,7 +336,7 @@ def run_demo(
     )
     if as_json:
         return _print_json(data)
-    table = _table("photograph", "CIFAR-100 class", "answer", "exit", "confidence", "multiply-adds, M", "saved")
+    table = _table("photograph", "is a", "answer", "exit", "confidence", "cost, M", "saved")
     for row in data["photographs"]:
         table.add_row(
             row["image"],
@@ -349,7 +349,10 @@ def run_demo(
         )
     console.print(table)
     absent = [row["image"] for row in data["photographs"] if row["subject"] is None]
-    console.print(f"CIFAR-100 has no class for {', '.join(absent)}: whatever is answered there is wrong.")
+    console.print(
+        f"CIFAR-100 has no class for {', '.join(absent)}: whatever is answered there is wrong. "
+        "Cost in multiply-adds, saved against the last exit alone."
+    )
     console.print(
         f"\n{batch_size} crops of them in one batch ({data['threads']} threads, torch {data['torch']}): "
         f"early exit {speed.early:,.0f} images/s, the last exit alone {speed.full:,.0f} images/s: "

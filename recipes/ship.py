@@ -9,6 +9,7 @@ measured. What is measured is the shipped half-precision file.
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -23,27 +24,38 @@ from timm_dfs.budget import BudgetPoint
 from timm_dfs.flops import last_exit_flops
 from timm_dfs.images import dataset_loader
 
+BALANCED = (
+    "the cheapest of 40 points with geometric exit fractions that is at least as accurate as the last exit on those "
+    "images, or the most accurate where none is"
+)
+
 HUB = Path(__file__).parent.parent / "hub"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="train.py's output folder: args.yaml, last.pth.tar")
-    parser.add_argument("--dataset", help="where the recipe's data set is, as given to train.py")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe the run was made with")
     args = parser.parse_args()
 
-    recipe = yaml.safe_load(args.recipe.read_text())
-    dataset = args.dataset or recipe["dataset"]
-    run = yaml.safe_load((args.run / "args.yaml").read_text())
+    recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
+    differing = [
+        key for key, value in recipe.items() if run[key] != value and key not in ("dataset", "train_split", "val_split")
+    ]
+    if differing:
+        parser.error(f"the run differs from the recipe in {', '.join(differing)}")
     checkpoint = args.run / "last.pth.tar"
+    epochs = torch.load(checkpoint, map_location="cpu", weights_only=False)["epoch"] + 1
+    if epochs != run["epochs"]:
+        parser.error(f"the run stopped after {epochs} of {run['epochs']} epochs")
+
     trained = timm.create_model(
         run["model"],
         pretrained=True,
         pretrained_cfg_overlay=dict(file=str(checkpoint)),
         **run["model_kwargs"],
     )
-    folder = HUB / run["model"]
+    folder = HUB / (run["model"] + ".new")  # takes the old one's place when it is whole
     hub.write_weights(trained, folder)
 
     def shipped() -> timm_dfs.MultiExitModel:
@@ -51,10 +63,11 @@ def main() -> None:
 
     def logits_of(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         keys = run["input_key"], run["target_key"]
-        return timm_dfs.collect_logits(shipped(), dataset_loader(shipped(), dataset, None, split, *keys, 128, 1))
+        loader = dataset_loader(shipped(), run["dataset"], run["data_dir"], split, *keys, batch_size=128, workers=1)
+        return timm_dfs.collect_logits(shipped(), loader)
 
     flops, lazy = timm_dfs.exit_flops(trained), timm_dfs.exit_flops(trained, lazy=True)
-    val, test = logits_of(recipe["val_split"]), logits_of("test")
+    val, test = logits_of(run["val_split"]), logits_of("test")
     point = balanced(val, lazy)
     thresholds = [None if value == float("inf") else value for value in point.thresholds[:-1]] + [0.0]
     trained.presets = {"balanced": dict(thresholds=thresholds, confidence="max_prob")}
@@ -68,7 +81,8 @@ def main() -> None:
         flops_lazy=lazy,
         last_exit_flops=last_exit_flops(trained),
         golden_logits=hub.golden_logits(shipped()),
-        held_out=dict(split=recipe["val_split"], **accuracy(val)),
+        balanced=BALANCED,
+        held_out=dict(split=run["val_split"], **accuracy(val)),
         test=dict(
             split="test",
             **accuracy(test),
@@ -79,21 +93,25 @@ def main() -> None:
         ),
         training=dict(
             recipe=args.recipe.name,
-            epochs=run["epochs"],
+            epochs=epochs,
             seed=run["seed"],
-            samples=len(datasets.load_dataset(dataset.removeprefix("hfds/"), split=recipe["train_split"])),
+            samples=len(datasets.load_dataset(run["dataset"].removeprefix("hfds/"), split=run["train_split"])),
             batch_size=run["batch_size"],
             hardware=f"{torch.get_num_threads()} threads of {processor()}",
             hours=(checkpoint.stat().st_mtime - (args.run / "args.yaml").stat().st_mtime) / 3600,
             versions=dict(torch=torch.__version__, timm=timm.__version__, timm_dfs=timm_dfs.__version__),
-            commit=subprocess.run(
-                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-            ).stdout.strip(),
         ),
+        shipped_from_commit=subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
     )
     (folder / hub.RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
     hub.write_card(folder)
-    print((folder / hub.CARD_FILE).read_text())
+    final = HUB / run["model"]
+    if final.exists():
+        shutil.rmtree(final)
+    folder.rename(final)
+    print((final / hub.CARD_FILE).read_text())
 
 
 def accuracy(split: tuple[torch.Tensor, torch.Tensor]) -> dict:
@@ -107,11 +125,13 @@ def accuracy(split: tuple[torch.Tensor, torch.Tensor]) -> dict:
 
 
 def balanced(val: tuple[torch.Tensor, torch.Tensor], flops: list[int]) -> BudgetPoint:
-    """The cheapest operating point that is at least as accurate as the last exit, on the validation split."""
+    """What :data:`BALANCED` says, on the validation split."""
     last = timm_dfs.anytime_accuracy(*val)[-1].item()
+    curve = timm_dfs.budgeted_batch(val, val, flops)
     return min(
-        (point for point in timm_dfs.budgeted_batch(val, val, flops) if point.accuracy >= last),
+        (point for point in curve if point.accuracy >= last),
         key=lambda point: point.average_flops,
+        default=max(curve, key=lambda point: point.accuracy),
     )
 
 

@@ -123,8 +123,10 @@ def test_demo_answers_real_photographs_and_says_which_it_cannot_know():
         (("info", "resnet18"), ("resnet18", "timm-dfs list")),
         (("predict", "dfs_vgg7_cifar100", "absent.png"), ("absent.png", "check the path")),
         (("flops", "dfs_vgg7_cifar100", "--input-size", 3, 0, 32), ("(3, 0, 32)",)),
-        (("eval", "dfs_vgg16_imagenet"), ("dfs_vgg16_imagenet", "train.py")),
+        (("eval", "dfs_vgg16_imagenet", "--dataset", "hfds/x"), ("dfs_vgg16_imagenet", "train.py")),
         (("demo", "--preset", "quick"), ("quick", "balanced")),
+        (("flops", "dfs_vgg7_cifar100.foo"), ("dfs_vgg7_cifar100.foo",)),
+        (("flops", "dfs_vgg7_cifar100", "--input-size", 1, 32, 32), ("(1, 32, 32)", "3 channels")),
     ],
 )
 def test_a_mistake_gets_one_line_that_names_it(args, words):
@@ -146,6 +148,22 @@ def test_a_checkpoint_of_another_network_is_refused(checkpoint, picture):
         "predict", "dfs_resnet18_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS
     )
     assert_one_line(result, "vgg7.safetensors", "do not fit")
+
+
+def test_a_folder_of_images_is_a_data_set_too(checkpoint, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "test" / label).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "test" / label / "0.png")
+    args = "eval", "dfs_vgg7_cifar100", "--dataset", "", "--data-dir", tmp_path, "--checkpoint", checkpoint
+    assert run_json(*args, "--workers", 0)["samples"] == 2
+
+
+def test_weights_that_make_nan_are_named_not_answered(picture, tmp_path):
+    state = timm.create_model("dfs_vgg7_cifar100").state_dict()
+    state["stages.0.conv.weight"] *= float("nan")
+    save_file(state, tmp_path / "broken.safetensors")
+    args = "predict", "dfs_vgg7_cifar100", picture, "--thresholds", VGG_THRESHOLDS
+    assert_one_line(run(*args, "--checkpoint", tmp_path / "broken.safetensors"), "NaN", "noise.png")
 
 
 def test_a_missing_data_set_is_one_line(checkpoint, tmp_path):

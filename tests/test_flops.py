@@ -169,3 +169,15 @@ def test_the_mode_and_the_partition_do_not_change_the_count():
     assert exit_flops(tiny_vgg(beta=None), (3, 8, 8)) == base
     assert exit_flops(tiny_vgg(referencing="one_sided"), (3, 8, 8)) == base
     assert exit_flops(tiny_vgg(referencing="off"), (3, 8, 8)) == base
+
+
+def test_a_grey_network_is_counted_on_grey_images():
+    grey, colour = tiny_vgg(in_chans=1), tiny_vgg()
+    assert exit_flops(grey)[0] < exit_flops(colour)[0]
+    with pytest.raises(ValueError, match="1 channels"):
+        exit_flops(grey, (3, 32, 32))
+
+
+def test_a_network_without_exits_is_refused_by_its_class():
+    with pytest.raises(ValueError, match="ResNet has no exits"):
+        exit_flops(timm.create_model("test_resnet"))

@@ -93,3 +93,17 @@ def test_a_shipped_model_is_as_accurate_as_its_results_say(name):
     loader = dataset_loader(model, f"hfds/{data}", None, "test", "img", "fine_label", 128, 1)
     top1 = timm_dfs.anytime_accuracy(*timm_dfs.collect_logits(model, loader))
     assert torch.allclose(top1, torch.tensor(results(name)["test"]["top1"]), atol=0.05)
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused_by_name(tmp_path):
+    model = tiny_vgg()
+    model.stages[0].bn.running_var.fill_(1e6)
+    with pytest.raises(ValueError, match=r"stages\.0\.bn\.running_var"):
+        hub.write_weights(model, tmp_path)
+
+
+def test_a_card_does_not_speak_of_another_data_set(tmp_path):
+    for file in (hub.RESULTS_FILE, hub.CONFIG_FILE):
+        (tmp_path / file).write_text((HUB / SHIPPED[0] / file).read_text().replace("uoft-cs/cifar100", "other/data"))
+    with pytest.raises(ValueError, match="other/data"):
+        hub.card(tmp_path)

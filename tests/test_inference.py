@@ -5,6 +5,7 @@ import threading
 import warnings
 
 import pytest
+import timm
 import torch
 from helpers import TINY, cells, images, module_modes, recorded_batches, recorded_heads, settled, tiny_msdnet, tiny_vgg
 from hypothesis import HealthCheck, given, settings
@@ -295,3 +296,8 @@ def test_threads_may_share_a_model_in_eval_mode(vgg):
 
 def test_predictions_need_no_gradient(vgg):
     assert not predict(vgg, images().requires_grad_(), ExitPolicy([0.5] * 3)).logits.requires_grad
+
+
+def test_a_network_without_exits_is_refused_by_its_class():
+    with pytest.raises(ValueError, match="ResNet has no exits"):
+        predict(timm.create_model("test_resnet"), images(), ExitPolicy([0.0]))

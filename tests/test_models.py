@@ -263,7 +263,8 @@ def test_resetting_gives_every_exit_a_fresh_classifier_and_drops_presets(make):
     model = make()
     model.presets = dict(fast=dict(thresholds=[0, 0, 0]))
     before = model.get_classifier()
-    model.reset_classifier(9)
+    with pytest.warns(UserWarning, match="Dropped the presets fast"):
+        model.reset_classifier(9)
     after = model.get_classifier()
     assert model.num_classes == 9 and model.presets == {}
     assert len(after) == 3 and not set(map(id, before)) & set(map(id, after))
@@ -659,3 +660,33 @@ def test_a_bad_beta_is_refused_through_timm_too(make, beta):
     with pytest.raises(ValueError, match="beta is ") as error:
         make(beta=beta)
     assert repr(beta) in str(error.value)
+
+
+class AllExits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.forward_exits(x)
+
+
+def test_all_exits_can_be_exported(make):
+    model = settled(make())
+    exported = torch.export.export(AllExits(model), (images(),)).module()
+    for ours, theirs in zip(model.forward_exits(images()), exported(images()), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_training_is_one_graph_without_breaks(make):
+    explanation = torch._dynamo.explain(make().train())(images())
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
+
+
+def test_a_compiled_network_s_gradients_are_the_plain_one_s(make):
+    plain = make(drop_rate=0.0).train()
+    twin = same_weights(plain, make(drop_rate=0.0))
+    for model in (plain, torch.compile(twin, backend="aot_eager")):
+        sum(logits.square().sum() for logits in model(images())).backward()
+    for ours, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from timm_dfs import Partition
+from timm_dfs.partition import PartitionedConv2d
 
 BETAS = st.integers(0, 40).map(lambda n: n / 40)
 REFERENCING = st.sampled_from(["two_sided", "one_sided", "off"])
@@ -153,3 +155,69 @@ def test_a_feature_with_other_channels_is_refused_by_its_shape(beta):
         Partition(4, beta)(torch.rand(2, 5, 3))
     with pytest.raises(ValueError, match=r"4 channels on axis -1.*\(2, 4, 3\)"):
         Partition(4, beta, dim=-1)(torch.rand(2, 4, 3))
+
+
+# The same gradients, for less: parts, memory formats, types.
+
+
+def trained_by(beta, referencing, channels_last=False, dtype=torch.float64, autocast=False, conv=nn.Conv2d):
+    """Gradients of a small network: convolution, partition, a deeper convolution and a head."""
+    torch.manual_seed(0)
+    first, deeper = nn.Conv2d(3, 8, 3, padding=1), conv(8, 6, 3, padding=1, stride=2)
+    head = nn.Linear(8, 5)
+    x = torch.randn(4, 3, 9, 7)
+    network = nn.ModuleList([first, deeper, head]).to(dtype)
+    x = x.to(dtype)
+    if channels_last:
+        network, x = network.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    partition = Partition(8, beta, referencing, in_parts=conv is PartitionedConv2d)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        onward, feature = partition(first(x).tanh())
+        loss = deeper(onward).float().sin().sum() + head(feature.mean((2, 3))).float().cos().sum()
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("referencing", ["two_sided", "one_sided"])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.75, 0.9, 1.0])
+def test_a_partitioned_convolution_gives_the_gradients_that_stopping_them_gives(beta, referencing, channels_last):
+    loss, gradients = trained_by(beta, referencing, channels_last)
+    again, cheaper = trained_by(beta, referencing, channels_last, conv=PartitionedConv2d)
+    assert torch.equal(loss, again)
+    for ours, theirs in zip(cheaper, gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_a_partitioned_convolution_keeps_its_gradients_under_autocast():
+    _, gradients = trained_by(0.5, "two_sided", dtype=torch.float32, autocast=True)
+    _, cheaper = trained_by(0.5, "two_sided", dtype=torch.float32, autocast=True, conv=PartitionedConv2d)
+    for ours, theirs in zip(cheaper, gradients, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.allclose(ours, theirs, rtol=0.05, atol=0.02)
+
+
+def test_a_partitioned_convolution_is_a_convolution_to_everybody_else():
+    plain, ours = nn.Conv2d(4, 6, 3), PartitionedConv2d(4, 6, 3)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("referencing", ["two_sided", "one_sided"])
+def test_the_gradient_keeps_the_feature_s_memory_format(referencing):
+    feature = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = []
+    inner = feature * 1
+    inner.register_hook(lambda gradient: seen.append(gradient.is_contiguous(memory_format=torch.channels_last)))
+    onward, exit_feature = Partition(4, 0.5, referencing)(inner)
+    (onward.sum() + exit_feature.mean((2, 3)).sum()).backward()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("referencing", ["two_sided", "one_sided"])
+def test_a_side_that_nobody_reads_trains_nothing(referencing):
+    for side, expected in ((0, [1, 1, 0, 0]), (1, [0, 0, 1, 1] if referencing == "two_sided" else [1, 1, 1, 1])):
+        feature = torch.randn(2, 4, requires_grad=True)
+        Partition(4, 0.5, referencing)(feature)[side].sum().backward()
+        assert feature.grad.tolist() == [expected] * 2

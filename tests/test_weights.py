@@ -12,6 +12,7 @@ import torch
 from formula_fill import fill
 from helpers import TINY, images, settled, tiny_msdnet, tiny_vgg
 from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
 from torch import nn
 
 from timm_dfs import weights
@@ -263,31 +264,40 @@ def test_a_model_without_trained_weights_says_so_and_how_to_get_some():
 # Presets.
 
 
-def test_presets_for_these_classes_and_exits_are_kept_without_a_warning(make):
+def test_presets_that_are_given_are_kept(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = make(presets=PRESETS, pretrained_cfg_overlay=dict(num_classes=5))
-    assert model.presets == PRESETS
-
-
-def test_presets_for_other_classes_are_dropped_with_a_warning_that_names_them(make):
-    with pytest.warns(UserWarning, match="fast.* 100 classes"):
         model = make(presets=PRESETS)
-    assert model.presets == {}
-
-
-def test_presets_for_other_exits_are_dropped_and_the_others_kept(make):
-    short = dict(short=dict(thresholds=[0.5, 0.0]), **PRESETS)
-    with pytest.warns(UserWarning, match="short.*2 exits.* 3"):
-        model = make(presets=short, pretrained_cfg_overlay=dict(num_classes=5))
     assert model.presets == PRESETS
+
+
+def test_given_presets_for_other_exits_are_refused_by_name(make):
+    with pytest.raises(ValueError, match=r"'short' has 2 thresholds.*3 exits"):
+        make(presets=dict(short=dict(thresholds=[0.5, 0.0])))
 
 
 def test_a_models_presets_are_its_own(make):
     given = dict(PRESETS)
-    model = make(presets=given, pretrained_cfg_overlay=dict(num_classes=5))
+    model = make(presets=given)
     given.clear()
     assert model.presets == PRESETS
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(dict(num_classes=10), "classes"), (dict(referencing="off"), "values")], ids=str
+)
+def test_presets_that_came_with_weights_are_dropped_with_a_warning_where_they_do_not_fit(change, reason):
+    assert timm.create_model("dfs_msdnet_cifar100", pretrained=True).presets
+    with pytest.warns(UserWarning, match=f"Dropped the presets balanced.*{reason}"):
+        assert timm.create_model("dfs_msdnet_cifar100", pretrained=True, **change).presets == {}
+
+
+def test_what_timm_itself_publishes_keeps_settings_and_presets(make, tmp_path):
+    model = make(beta=None, referencing="one_sided", presets=PRESETS, pretrained_cfg_overlay=dict(num_classes=5))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert (again.beta, again.referencing, again.presets) == (None, "one_sided", PRESETS)
+    assert equal_states(again, model)
 
 
 # Packaged weights.

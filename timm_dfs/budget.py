@@ -97,7 +97,7 @@ def budgeted_batch(
         points: How many ratios.
 
     Returns:
-        One point per ratio, from the cheapest to the dearest.
+        One point per ratio, in the order of the ratios: from cheap to dear, by and large.
 
     Raises:
         ValueError: If shapes disagree, ``points`` is not positive, or logits are not finite.
@@ -135,6 +135,11 @@ def budgeted_batch(
 def _check_logits(logits: torch.Tensor) -> None:
     if logits.ndim != 3 or logits.numel() == 0:
         raise ValueError(f"Logits have shape {tuple(logits.shape)}; give (exits, samples, classes), none of them 0.")
+    check_finite(logits)
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Raise ``ValueError``, naming sample and exit, unless all logits (E, N, C) are finite."""
     if not logits.isfinite().all():
         bad = (~logits.isfinite()).any(-1).nonzero()[0].tolist()
         raise ValueError(f"Logits of sample {bad[1]} at exit {bad[0]} are not finite; leave such samples out.")

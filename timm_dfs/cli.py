@@ -36,6 +36,7 @@ ModelName = Annotated[str, typer.Argument(help="A dfs_* name, or hf-hub:user/nam
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights to use instead of the model's own.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DEFAULT_PRESET = "balanced"
+_SOURCES = ("hf-hub:", "local-dir:")
 
 
 def _one_line_errors(command: Callable) -> Callable:
@@ -45,7 +46,7 @@ def _one_line_errors(command: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             print(f"timm-dfs: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from None
 
@@ -58,18 +59,21 @@ def command(name: str) -> Callable:
 
 
 def _create(name: str, pretrained: bool, checkpoint: Path | None = None) -> MultiExitModel:
-    ours = name.startswith(("hf-hub:", "local-dir:")) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
+    ours = name.startswith(_SOURCES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
     if not ours:
         raise ValueError(f"There is no model {name!r}; 'timm-dfs list' shows those there are.")
     overlay = dict(file=str(checkpoint)) if checkpoint else None
-    model = timm.create_model(name, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
+    try:
+        model = timm.create_model(name, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, AssertionError) as error:  # timm's words for a name, tag or folder that is not there
+        raise ValueError(f"Cannot create {name}: {error}") from error
     if not isinstance(model, MultiExitModel):
         raise ValueError(f"{name} is a network without exits.")
     return model.eval()
 
 
 def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=2))
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
 
 
 def _millions(count: float) -> str:
@@ -135,11 +139,12 @@ def list_models(as_json: AsJson = False) -> None:
 @command("info")
 def show_info(model_name: ModelName, as_json: AsJson = False) -> None:
     """A model's exits, settings, size and presets."""
-    model = _create(model_name, pretrained=is_model_pretrained(model_name))
+    has_weights = model_name.startswith(_SOURCES) or is_model_pretrained(model_name)
+    model = _create(model_name, pretrained=has_weights)
     costs = exit_flops(model)
     data: dict[str, Any] = dict(
         model=model_name,
-        weights=is_model_pretrained(model_name),
+        weights=has_weights,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         classes=model.num_classes,
         input_size=model.pretrained_cfg["input_size"],
@@ -237,6 +242,10 @@ def _answers(
         logits = torch.stack(model.forward_exits(prepare(model, [*images.values()])))
     confidence, label = logits.softmax(-1).max(-1)
     labels = _labels(model)
+    broken = logits.isnan().any(-1).any(0)
+    if broken.any():
+        names = ", ".join(name for name, is_broken in zip(images, broken.tolist()) if is_broken)
+        raise ValueError(f"The network's logits for {names} hold NaN; check its weights.")
     answers = []
     for i, (name, k) in enumerate(zip(images, policy.exit_index(logits).tolist(), strict=True)):
         exits = [
@@ -252,13 +261,15 @@ def _answers(
 @command("eval")
 def evaluate_model(
     model_name: ModelName,
-    dataset: Annotated[
-        str, typer.Option(help="As in timm's train.py, e.g. hfds/uoft-cs/cifar100.")
-    ] = "hfds/uoft-cs/cifar100",
+    dataset: Annotated[str, typer.Option(help="As in timm's train.py, e.g. hfds/uoft-cs/cifar100.")],
     data_dir: Annotated[Path | None, typer.Option(help="Root of the data set.")] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
-    input_key: Annotated[str | None, typer.Option(help="Column of the images.")] = "img",
-    target_key: Annotated[str | None, typer.Option(help="Column of the labels.")] = "fine_label",
+    input_key: Annotated[
+        str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")
+    ] = None,
+    target_key: Annotated[
+        str | None, typer.Option(help="Column of the labels in an hfds/ data set; else CIFAR-100's, fine_label.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     workers: Annotated[int, typer.Option(min=0)] = 1,
     checkpoint: Checkpoint = None,
@@ -268,10 +279,13 @@ def evaluate_model(
     model = _create(model_name, pretrained=True, checkpoint=checkpoint)
     if dataset.startswith("hfds/"):
         _require_datasets()
+        input_key, target_key = input_key or "img", target_key or "fine_label"
     root = str(data_dir) if data_dir else None
     loader = dataset_loader(model, dataset, root, split, input_key, target_key, batch_size, workers)
     progress = Console(stderr=True)
     logits, targets = collect_logits(model, track(loader, f"{model_name} on {split}", console=progress))
+    if targets.max() >= model.num_classes:
+        raise ValueError(f"{dataset} has a label {targets.max()}, but {model_name} has {model.num_classes} classes.")
     data: dict[str, Any] = dict(
         model=model_name,
         dataset=dataset,
@@ -309,13 +323,13 @@ def _require_datasets() -> None:
 
 @command("demo")
 def run_demo(
-    model_name: Annotated[str, typer.Argument(metavar="[MODEL]")] = "dfs_msdnet_cifar100",
     preset: Annotated[str, typer.Option(help="Operating point.")] = DEFAULT_PRESET,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the timed batch.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Early exit on real photographs: which exit answers, at what cost, and the measured speed-up."""
     images = demo.photographs()
+    model_name = demo.MODEL
     model = _create(model_name, pretrained=True)
     policy = resolve_policy(model, preset)
     costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)

@@ -12,6 +12,8 @@ from .inference import predict, resolve_policy
 from .multi_exit import MultiExitModel
 from .policy import ExitPolicy
 
+MODEL = "dfs_msdnet_cifar100"
+
 # Photographs that come inside scikit-image, and what CIFAR-100 calls their subject (None: it has no such class).
 PHOTOGRAPHS: dict[str, str | None] = {
     "rocket": "rocket",

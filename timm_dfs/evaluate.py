@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from .multi_exit import MultiExitModel, evaluating
+from .budget import check_finite
+from .multi_exit import MultiExitModel, evaluating, require_exits
 
 
 def collect_logits(
@@ -22,6 +23,7 @@ def collect_logits(
     Raises:
         ValueError: If the loader is empty.
     """
+    require_exits(model)
     reference = next(model.parameters())
     logits, targets = [], []
     with evaluating(model), torch.inference_mode():
@@ -85,3 +87,4 @@ def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
             f"Logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}; "
             "give (exits, samples, classes) and (samples,), at least one sample."
         )
+    check_finite(logits)

@@ -27,7 +27,7 @@ def spell_joint(model_name: str, kwargs: dict) -> dict:
 def install() -> None:
     """Make ``timm.create_model`` pass ``beta=None`` on. Repeating it is harmless."""
     create_model: Any = models.create_model
-    if hasattr(create_model, "__wrapped__"):
+    if "_timm_dfs_create" in create_model.__globals__:
         return
     original = types.FunctionType(
         create_model.__code__,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .multi_exit import MultiExitModel, evaluating
+from .multi_exit import MultiExitModel, evaluating, require_exits
 
 # Operators without multiply-adds in fvcore's count: elementwise arithmetic, activations, pooling, copies.
 FREE_OPERATORS = frozenset(
@@ -79,6 +79,7 @@ def exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None, l
         ValueError: If an operator costs something that fvcore cannot count, or ``input_size`` is not three
             positive numbers.
     """
+    require_exits(model)
     return [_count(_UpTo(model, k, lazy), model, input_size) for k in range(model.num_exits)]
 
 
@@ -87,15 +88,18 @@ def last_exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = No
 
     Args and errors as for :func:`exit_flops`.
     """
+    require_exits(model)
     return _count(_LastExit(model), model, input_size)
 
 
 def _count(module: nn.Module, model: MultiExitModel, input_size: Sequence[int] | None) -> int:
     from fvcore.nn import FlopCountAnalysis
 
-    size = tuple(model.pretrained_cfg["input_size"] if input_size is None else input_size)
-    if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"input_size is {size}; give (channels, height, width).")
+    size = tuple((model.in_chans, *model.pretrained_cfg["input_size"][1:]) if input_size is None else input_size)
+    if len(size) != 3 or min(size) < 1 or size[0] != model.in_chans:
+        raise ValueError(
+            f"input_size is {size}; give (channels, height, width), {model.in_chans} channels for this model."
+        )
     reference = next(model.parameters())
     image = torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
     with evaluating(model), torch.no_grad():

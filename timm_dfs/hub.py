@@ -9,7 +9,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from .factory import JOINT
 from .multi_exit import MultiExitModel, evaluating
 from .weights import CONFIG_FILE, WEIGHTS_FILE
 
@@ -20,18 +19,15 @@ CARD_FILE = "README.md"
 def write_weights(model: MultiExitModel, folder: Path) -> None:
     """Write a model's weights in half precision, and the config timm rebuilds it from, presets included."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        key: (value.half() if value.is_floating_point() else value).contiguous()
-        for key, value in model.state_dict().items()
-    }
+    weights = {}
+    for key, value in model.state_dict().items():
+        weights[key] = (value.half() if value.is_floating_point() else value).contiguous()
+        if not weights[key].isfinite().all():
+            raise ValueError(
+                f"{key} does not fit into half precision, or was not finite: its largest value is {value.max()}."
+            )
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    save_config_for_hf(
-        model,
-        str(folder / CONFIG_FILE),
-        model_args=dict(
-            beta=JOINT if model.beta is None else model.beta, referencing=model.referencing, presets=model.presets
-        ),
-    )
+    save_config_for_hf(model, str(folder / CONFIG_FILE))
 
 
 def golden_batch(model: MultiExitModel) -> torch.Tensor:
@@ -56,6 +52,8 @@ def card(folder: Path) -> str:
     results = json.loads((folder / RESULTS_FILE).read_text())
     config = json.loads((folder / CONFIG_FILE).read_text())
     name = config["architecture"]
+    if results["dataset"] != "uoft-cs/cifar100":
+        raise ValueError(f"The card's text is about CIFAR-100, but {folder} was evaluated on {results['dataset']}.")
     test = results["test"]
     metadata = ModelCardData(
         library_name="timm",
@@ -97,6 +95,7 @@ def card(folder: Path) -> str:
         table="\n".join(rows),
         presets="\n".join(presets),
         whole=f"{results['last_exit_flops'] / 1e6:.1f}",
+        choice=results["balanced"],
         samples=f"{test['samples']:,}",
         epochs=training["epochs"],
         recipe=training["recipe"],
@@ -142,8 +141,8 @@ $table
 
 ## Operating points
 
-Thresholds were fixed on the $held_out held-out training images and applied to the test split. The last column
-compares with the last exit alone.
+Thresholds were fixed on the $held_out held-out training images and applied to the test split. `balanced` is $choice.
+The last column compares with the last exit alone.
 
 | preset | top-1, % | average multiply-adds, M | share of the whole |
 |---|---|---|---|

@@ -1,7 +1,7 @@
 """From image files and data sets to batches, prepared as a model's pretrained config says."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,26 +35,35 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"{path} holds values from {values.min()} to {values.max()}; give 8 or 16 bits per channel."
-            )
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError(f"{path} holds floating-point values; give 8 or 16 bits per channel.")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"{path} holds {kind} values, whose range nothing tells; give 8 or 16 bits per channel.")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
+def _data_config(model: MultiExitModel) -> dict:
+    """How timm prepares images for ``model``, whose channels may have been changed."""
+    config = resolve_model_data_config(model)
+    if config["input_size"][0] != model.in_chans:
+        if model.in_chans != 1:
+            raise ValueError(
+                f"The model takes {model.in_chans} channels; only RGB and grey images can be prepared for it."
+            )
+        grey = {key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}
+        config = dict(config, input_size=(1, *config["input_size"][1:]), **grey)
+    return config
+
+
 def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
     """A batch (B, C, H, W) from RGB images, resized, cropped and normalised for ``model``, on its device."""
-    config = resolve_model_data_config(model)
+    config = _data_config(model)
     transform = create_transform(**config, is_training=False)
-    if config["input_size"][0] == 1:
+    if model.in_chans == 1:
         images = [image.convert("L") for image in images]
     return torch.stack([transform(image) for image in images]).to(next(model.parameters()))
 
@@ -74,17 +83,22 @@ def dataset_loader(
     Raises:
         ValueError: If the data set is empty or its first sample cannot be read.
     """
+    columns: dict[str, Any] = dict(input_key=input_key, target_key=target_key)
     try:
         data = create_dataset(
-            dataset, root=root, split=split, is_training=False, input_key=input_key, target_key=target_key
+            dataset,
+            root=root,
+            split=split,
+            is_training=False,
+            **{key: column for key, column in columns.items() if column},
         )
         data[0]
-    except (KeyError, IndexError, TypeError, AssertionError) as error:
+    except (KeyError, IndexError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"Cannot read an image and its label from {dataset}, split {split!r}, columns {input_key!r} and "
-            f"{target_key!r}: give those it has."
+            f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "
+            f"{input_key!r} and {target_key!r} ({type(error).__name__}: {error}): give those it has."
         ) from error
-    config = resolve_model_data_config(model)
+    config = _data_config(model)
     return create_loader(
         data,
         input_size=config["input_size"],
@@ -94,6 +108,7 @@ def dataset_loader(
         mean=config["mean"],
         std=config["std"],
         crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
         num_workers=workers,
         persistent_workers=False,
     )

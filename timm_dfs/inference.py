@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .multi_exit import MultiExitModel, evaluating
+from .multi_exit import MultiExitModel, evaluating, require_exits
 from .policy import ExitPolicy
 
 
@@ -54,6 +54,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
     Raises:
         ValueError: If the policy does not fit the model or ``x`` is not a batch of images.
     """
+    require_exits(model)
     policy = resolve_policy(model, policy)
     if x.ndim != 4 or x.shape[1] != model.in_chans:
         raise ValueError(f"x has shape {tuple(x.shape)}; give a batch of images (B, {model.in_chans}, H, W).")
@@ -67,16 +68,15 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
     def visit(k: int, logits: torch.Tensor) -> torch.Tensor | None:
         nonlocal rows
         leaving, nan = policy.leaves(k, logits)
-        if nan.any():
-            broken[rows[nan]] = True
+        broken[rows] |= nan
         if k == last:
             answers.append((k, rows, logits))
             return None
         leaving &= ~broken[rows]
-        if not leaving.any():
+        staying = (~leaving).nonzero()[:, 0]
+        if len(staying) == len(rows):
             return None
         answers.append((k, rows[leaving], logits[leaving]))
-        staying = (~leaving).nonzero()[:, 0]
         rows = rows[staying]
         return staying
 

@@ -1,5 +1,6 @@
 """What every multi-exit network shares: one walk from shallow to deep that asks a visitor at each exit."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -7,10 +8,13 @@ import torch
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
 
+from .factory import JOINT
 from .heads import ExitHead
-from .partition import Partition, check_beta, check_referencing
+from .partition import Partition, PartitionedConv2d, check_beta, check_referencing
 
-register_notrace_module(Partition)  # whether it splits depends on the gradient mode, which FX cannot trace
+# What these do depends on the gradient mode, which FX cannot trace.
+register_notrace_module(Partition)
+register_notrace_module(PartitionedConv2d)
 
 Visitor = Callable[[int, torch.Tensor], "torch.Tensor | None"]
 """Called as ``visit(exit_index, logits)`` at an exit. Returns the rows of the batch (int64 indices) that go on:
@@ -52,17 +56,22 @@ class MultiExitModel(nn.Module):
         self.referencing = referencing
         self.presets = dict(presets or {})
         self.grad_checkpointing = False
+        self._given_args: dict = {}
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
         """Give exit k its head and, except for the last, its partition; sizes come from ``feature_info``."""
         self.heads = nn.ModuleList(heads)
         self.partitions = nn.ModuleList(
-            Partition(info["num_chs"], self.beta, self.referencing) for info in self.feature_info[:-1]
+            Partition(info["num_chs"], self.beta, self.referencing, in_parts=self.takes_parts)
+            for info in self.feature_info[:-1]
         )
         self.num_features = heads[-1].in_features
         self.head_hidden_size = heads[-1].num_features
 
     # What a subclass provides.
+
+    takes_parts = False
+    """Whether the one layer that reads an onward feature is a :class:`PartitionedConv2d`."""
 
     feature_info: list[dict]
     head_hidden_size: int
@@ -158,13 +167,29 @@ class MultiExitModel(nn.Module):
         return tuple(head.get_submodule("fc") for head in self.heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give every exit a fresh classifier; presets, fitted to the old ones, are dropped."""
+        """Give every exit a fresh classifier; presets, fitted to the old ones, are dropped with a warning."""
         reference = next(self.parameters())
         for head in self.heads:
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
         self.head_hidden_size = self.heads[-1].num_features  # type: ignore[assignment]
         self.num_classes = num_classes
-        self.presets = {}
+        self.drop_presets(self.presets, "the classifiers they were fitted to are gone")
+
+    def drop_presets(self, names: Collection[str], reason: str) -> None:
+        """Drop presets that mean nothing any more, and warn."""
+        if names:
+            warnings.warn(f"Dropped the presets {', '.join(names)}: {reason}.", stacklevel=3)
+            self.presets = {name: preset for name, preset in self.presets.items() if name not in names}
+
+    @property
+    def _model_args(self) -> dict:
+        """What timm writes into ``config.json`` to rebuild this model: the caller's arguments and our settings."""
+        ours = dict(beta=JOINT if self.beta is None else self.beta, referencing=self.referencing)
+        return dict(self._given_args, **ours, **({"presets": self.presets} if self.presets else {}))
+
+    @_model_args.setter
+    def _model_args(self, args: dict) -> None:
+        self._given_args = {key: value for key, value in args.items() if key != "presets"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
@@ -175,6 +200,12 @@ class MultiExitModel(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs)
         return module(*inputs)
+
+
+def require_exits(model: nn.Module) -> None:
+    """Raise ``ValueError`` unless ``model`` has exits."""
+    if not hasattr(model, "forward_exits"):  # a compiled one has, though of another class
+        raise ValueError(f"{type(model).__name__} has no exits; create one of the models that 'timm-dfs list' names.")
 
 
 @contextmanager

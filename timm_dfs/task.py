@@ -24,7 +24,7 @@ def install() -> None:
     @functools.wraps(original)
     def __init__(self, model, *args, **kwargs):
         original(self, model, *args, **kwargs)
-        if isinstance(model, MultiExitModel):
+        if isinstance(getattr(model, "_orig_mod", model), MultiExitModel):  # _orig_mod: of a compiled model
             self.criterion = ExitsLoss(self.criterion)
 
     task.__init__ = __init__

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +15,13 @@ from .multi_exit import MultiExitModel
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+
+_PAPER = dict(
+    license="apache-2.0",
+    origin_url="https://github.com/GongCheng1919/dfs",
+    paper_name="Deep Feature Surgery: Towards Accurate and Efficient Multi-Exit Networks",
+    paper_ids="arXiv:2407.13986",
+)
 
 Model = TypeVar("Model", bound=MultiExitModel)
 
@@ -35,6 +41,7 @@ def pretrained_cfgs(cfgs: dict[str, dict]) -> dict[str, DefaultCfg]:
     with_files: dict[str, dict | PretrainedCfg] = {}
     for name, cfg in cfgs.items():
         folder = packaged_folder(name)
+        cfg = dict(_PAPER, **cfg)
         with_files[name] = dict(cfg, file=str(folder / WEIGHTS_FILE)) if folder else cfg
     return generate_default_cfgs(with_files)
 
@@ -54,7 +61,7 @@ def build_model(
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[dict, Model], dict],
-    num_exits: int,
+    num_exits: Callable[[dict], int],
     **kwargs,
 ) -> Model:
     """Build a registered model, with weights from the file, folder or Hub its pretrained config names.
@@ -64,14 +71,14 @@ def build_model(
         variant: Its registered name.
         pretrained: Whether to load weights.
         filter_fn: Renames the keys of an official checkpoint.
-        num_exits: Number of exits the model will have.
+        num_exits: From the class's arguments to the number of exits they make.
         **kwargs: What timm passes to an entrypoint, and the class's own arguments.
 
     Raises:
         ValueError: If there are no weights, they cannot be read, or they do not fit the model.
         FileNotFoundError: If the file that is to hold them does not exist.
     """
-    source = ""
+    source, file = "", None
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         source = _source(cfg)
@@ -81,11 +88,12 @@ def build_model(
                 f"(--device-modules timm_dfs --model {variant}, see recipes/), give your own with "
                 "pretrained_cfg_overlay=dict(file=...), or use pretrained=False."
             )
-        if source == cfg.file:
-            kwargs = {**packaged_model_args(source), **kwargs}
+        file = source if source == cfg.file else None
+        if packaged := packaged_model_args(file):
+            kwargs = {**packaged, "pretrained_model_args": packaged, **kwargs}
     if kwargs.get("beta") == JOINT:
         kwargs["beta"] = None
-    classifiers = tuple(f"heads.{k}.fc" for k in range(num_exits))  # timm adapts those to another num_classes
+    classifiers = tuple(f"heads.{k}.fc" for k in range(num_exits(kwargs)))  # timm adapts those to another num_classes
     kwargs["pretrained_cfg_overlay"] = dict(kwargs.get("pretrained_cfg_overlay") or {}, classifier=classifiers)
 
     def checked_filter_fn(state_dict: dict, model: Model) -> dict:
@@ -99,19 +107,20 @@ def build_model(
             variant,
             pretrained,
             pretrained_filter_fn=checked_filter_fn,
-            feature_cfg=dict(feature_cls="hook", out_indices=tuple(range(num_exits))),
+            feature_cfg=dict(feature_cls="hook", out_indices=tuple(range(len(classifiers)))),
             **kwargs,
         )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no weights file {source}; check the path.") from error
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
-        if not pretrained:
+        if file is None:
             raise
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"There is no weights file {file}; check the path.") from error
         raise ValueError(
-            f"Cannot load {source} into {variant}: {error} Give a .safetensors file or a checkpoint of tensors only "
+            f"Cannot load {file} into {variant}: {error} Give a .safetensors file or a checkpoint of tensors only "
             "(nothing else is unpickled) that was saved by this model or by the official code for it."
         ) from error
-    _drop_unfit_presets(model)
+    if isinstance(model, MultiExitModel):  # features_only wraps it
+        _check_presets(model, kwargs.get("pretrained_model_args") or {})
     return model
 
 
@@ -142,21 +151,22 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
         )
 
 
-def _drop_unfit_presets(model: MultiExitModel) -> None:
-    """Presets hold thresholds for one set of classes and exits: with others, they mean nothing."""
-    if not isinstance(model, MultiExitModel):  # features_only wraps it
-        return
-    presets = model.presets
-    trained_classes = model.pretrained_cfg.get("num_classes")
-    unfit = [
-        name
-        for name, preset in presets.items()
-        if model.num_classes != trained_classes or len(preset["thresholds"]) != model.num_exits
-    ]
-    if unfit:
-        warnings.warn(
-            f"Dropped the presets {', '.join(unfit)}: they were fitted for {trained_classes} classes and "
-            f"{len(presets[unfit[0]]['thresholds'])} exits, this model has {model.num_classes} and {model.num_exits}.",
-            stacklevel=2,
+def _check_presets(model: MultiExitModel, trained: dict) -> None:
+    """Drop presets that came with weights, whose ``model_args`` are ``trained``, where the model is another now."""
+    changes = [
+        what
+        for what, changed in (
+            ("classes", model.num_classes != model.pretrained_cfg.get("num_classes")),
+            ("exits", any(len(preset["thresholds"]) != model.num_exits for preset in model.presets.values())),
+            ("values", (model.referencing == "off") != (trained.get("referencing", model.referencing) == "off")),
         )
-        model.presets = {name: preset for name, preset in presets.items() if name not in unfit}
+        if changed
+    ]
+    if changes and model.presets == trained.get("presets"):
+        model.drop_presets(model.presets, f"the model's {' and '.join(changes)} are not those they were fitted to")
+    for name, preset in model.presets.items():
+        if len(preset["thresholds"]) != model.num_exits:
+            raise ValueError(
+                f"Preset {name!r} has {len(preset['thresholds'])} thresholds; "
+                f"give one for each of {model.num_exits} exits."
+            )

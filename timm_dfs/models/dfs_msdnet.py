@@ -156,6 +156,11 @@ class MSDNet(MultiExitModel):
                 f"growth_factors {tuple(growth_factors)} and bottleneck_factors {tuple(bottleneck_factors)} "
                 "must have one entry per scale."
             )
+        if growth_factors[0] < 1 or min(bottleneck_factors) < 1:
+            raise ValueError(
+                f"growth_factors {tuple(growth_factors)} and bottleneck_factors {tuple(bottleneck_factors)} "
+                "must be positive."
+            )
         for factor in growth_factors[1:]:
             if growth_rate * factor % 2 or factor < 1:
                 raise ValueError(
@@ -192,6 +197,8 @@ class MSDNet(MultiExitModel):
                 before > after if prune == "max" else layer in (math.floor(depth / 3), math.floor(2 * depth / 3))
             )
             kept = math.floor(reduction * grown) if reduces else grown
+            if kept < 1:
+                raise ValueError(f"reduction {reduction} leaves nothing of {grown} channels; raise it.")
             self.layers.append(
                 nn.ModuleList(
                     Cell(
@@ -358,7 +365,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MSDNet) -> 
 
 
 def _create_msdnet(variant: str, pretrained: bool, **kwargs) -> MSDNet:
-    return build_model(MSDNet, variant, pretrained, checkpoint_filter_fn, kwargs.get("exits", 7), **kwargs)
+    return build_model(MSDNet, variant, pretrained, checkpoint_filter_fn, lambda args: args.get("exits", 7), **kwargs)
 
 
 default_cfgs = pretrained_cfgs(
@@ -372,6 +379,7 @@ default_cfgs = pretrained_cfgs(
         "dfs_msdnet_imagenet": dict(
             num_classes=1000,
             input_size=(3, 224, 224),
+            interpolation="bilinear",
             pool_size=(2, 2),
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,

@@ -168,5 +168,11 @@ default_cfgs = pretrained_cfgs(
 @register_model
 def dfs_resnet18_cifar100(pretrained: bool = False, **kwargs) -> ExitResNetCifar:
     """ResNet-18 for CIFAR-100: 4 exits (DFS, table 2)."""
-    exits = len(kwargs.get("layers", (2, 2, 2, 2)))
-    return build_model(ExitResNetCifar, "dfs_resnet18_cifar100", pretrained, checkpoint_filter_fn, exits, **kwargs)
+    return build_model(
+        ExitResNetCifar,
+        "dfs_resnet18_cifar100",
+        pretrained,
+        checkpoint_filter_fn,
+        lambda args: len(args.get("layers", (2, 2, 2, 2))),
+        **kwargs,
+    )

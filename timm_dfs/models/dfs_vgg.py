@@ -16,6 +16,7 @@ from torch import nn
 from ..cifar100 import PRETRAINED_CFG as CIFAR100
 from ..heads import ExitHead
 from ..multi_exit import MultiExitModel
+from ..partition import Onward, PartitionedConv2d
 from ..weights import build_model, pretrained_cfgs
 
 __all__ = ["ExitVGG"]
@@ -26,13 +27,13 @@ class Stage(nn.Module):
 
     def __init__(self, channels: int, width: int, bias: bool, pool: bool, **dd):
         super().__init__()
-        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=bias, **dd)
+        self.conv = PartitionedConv2d(channels, width, 3, padding=1, bias=bias, **dd)
         self.act = nn.ReLU(inplace=True)
         self.bn = nn.BatchNorm2d(width, **dd)
         # Rounding up keeps the last map of inputs smaller than the native size from vanishing.
         self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Onward) -> torch.Tensor:
         return self.pool(self.bn(self.act(self.conv(x))))
 
 
@@ -55,6 +56,8 @@ class ExitVGG(MultiExitModel):
     Raises:
         ValueError: If a value is outside what is said above.
     """
+
+    takes_parts = True
 
     def __init__(
         self,
@@ -144,8 +147,9 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ExitVGG) ->
 
 
 def _create_vgg(variant: str, pretrained: bool, **kwargs) -> ExitVGG:
-    exits = sum(kwargs.get("depths", (2, 2, 2)))
-    return build_model(ExitVGG, variant, pretrained, checkpoint_filter_fn, exits, **kwargs)
+    return build_model(
+        ExitVGG, variant, pretrained, checkpoint_filter_fn, lambda args: sum(args.get("depths", (2, 2, 2))), **kwargs
+    )
 
 
 default_cfgs = pretrained_cfgs(
@@ -159,6 +163,7 @@ default_cfgs = pretrained_cfgs(
         "dfs_vgg16_imagenet": dict(
             num_classes=1000,
             input_size=(3, 224, 224),
+            interpolation="bilinear",
             pool_size=(7, 7),
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,

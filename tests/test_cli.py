@@ -178,3 +178,13 @@ def test_a_missing_column_is_one_line(checkpoint, pictures):
         "eval", "dfs_vgg7_cifar100", "--dataset", f"hfds/{pictures}", "--checkpoint", checkpoint, "--input-key", "pic"
     )
     assert_one_line(result, "pic")
+
+
+def test_the_same_image_twice_gets_two_answers(checkpoint, picture):
+    args = "predict", "dfs_vgg7_cifar100", picture, picture, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS
+    assert len(run_json(*args)["images"]) == 2
+
+
+def test_a_preset_and_thresholds_together_are_refused(checkpoint, picture):
+    args = "predict", "dfs_vgg7_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS
+    assert_one_line(run(*args, "--preset", "fast"), "--preset", "--thresholds")

@@ -149,3 +149,19 @@ def test_shapes_that_disagree_are_refused_by_their_shapes(measure, logits_shape,
     with pytest.raises(ValueError) as error:
         measure(torch.zeros(logits_shape), torch.zeros(targets_shape, dtype=torch.int64))
     assert str(logits_shape) in str(error.value) and str(targets_shape) in str(error.value)
+
+
+def test_a_batch_whose_targets_are_not_its_images_is_refused():
+    with pytest.raises(ValueError, match="4 images but targets of shape"):
+        collect_logits(tiny_vgg(), [(images(4), torch.zeros(3, dtype=torch.int64))])
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([0, 5]), torch.tensor([-1, 0]), torch.tensor([0.3, 1.0])], ids=str)
+def test_targets_that_are_no_classes_are_refused(targets):
+    with pytest.raises(ValueError, match="Targets are"):
+        anytime_accuracy(torch.randn(3, 2, 5), targets)
+
+
+def test_nan_logits_have_no_accuracy():
+    with pytest.raises(ValueError, match="not finite"):
+        anytime_accuracy(torch.full((3, 2, 5), float("nan")), torch.tensor([0, 0]))

@@ -301,3 +301,42 @@ def test_predictions_need_no_gradient(vgg):
 def test_a_network_without_exits_is_refused_by_its_class():
     with pytest.raises(ValueError, match="ResNet has no exits"):
         predict(timm.create_model("test_resnet"), images(), ExitPolicy([0.0]))
+
+
+@pytest.mark.parametrize("policy", [[0.9] * 3, None, 0.5], ids=str)
+def test_a_policy_that_is_none_is_refused(policy):
+    with pytest.raises(ValueError, match="policy is"):
+        predict(tiny_msdnet(), images(), policy)
+
+
+@pytest.mark.parametrize("x", [images().byte(), images().long(), images().numpy()], ids=lambda x: str(x.dtype))
+def test_what_is_not_a_batch_of_normalised_images_is_refused(x):
+    with pytest.raises(ValueError, match="x "):
+        predict(tiny_msdnet(), x, ExitPolicy([0.0] * 3))
+
+
+def test_images_come_in_the_network_s_type():
+    model = settled(tiny_msdnet())
+    policy = ExitPolicy([0.3, 0.3, 0.0])
+    expected = predict(model, images(), policy)
+    assert torch.equal(predict(model, images().double(), policy).exit_index, expected.exit_index)
+    assert predict(model.double(), images(), policy).logits.dtype == torch.float64
+
+
+def test_logits_are_ordinary_tensors():
+    logits = predict(settled(tiny_msdnet()), images(), ExitPolicy([0.3, 0.3, 0.0])).logits
+    assert not logits.is_inference()
+    logits.add_(1)
+
+
+def test_threads_that_share_a_network_in_training_mode_change_nothing_in_it():
+    model = settled(tiny_msdnet()).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    policy = ExitPolicy([0.3, 0.3, 0.0])
+    threads = [threading.Thread(target=lambda: [predict(model, images(), policy) for _ in range(10)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(module.training for module in model.modules())

@@ -132,3 +132,9 @@ def test_the_representation_makes_the_same_policy_again():
     policy = ExitPolicy([0.5, None, 0.25])
     again = eval(repr(policy), {"ExitPolicy": ExitPolicy, "inf": INF})
     assert (again.thresholds, again.confidence) == (policy.thresholds, policy.confidence)
+
+
+@pytest.mark.parametrize("thresholds", ["9999999", {0: 0.9}, {0.9}, 0.9, None, [True], ["a"]], ids=str)
+def test_what_is_no_list_of_numbers_is_refused(thresholds):
+    with pytest.raises(ValueError, match="thresholds is"):
+        ExitPolicy(thresholds)

@@ -272,8 +272,32 @@ def test_presets_that_are_given_are_kept(make):
 
 
 def test_given_presets_for_other_exits_are_refused_by_name(make):
-    with pytest.raises(ValueError, match=r"'short' has 2 thresholds.*3 exits"):
+    with pytest.raises(ValueError, match=r"'short'.* 2 thresholds.* 3 exits"):
         make(presets=dict(short=dict(thresholds=[0.5, 0.0])))
+
+
+@pytest.mark.parametrize("preset", [1, {}, dict(thresholds=0.5), dict(thresholds=[0.5] * 3, confidence="foo")], ids=str)
+def test_a_malformed_preset_is_refused_by_name(preset):
+    with pytest.raises(ValueError, match="Preset 'odd'"):
+        tiny_vgg(presets=dict(odd=preset))
+
+
+def test_presets_are_dropped_where_pooling_changes():
+    with pytest.warns(UserWarning, match=r"Dropped the presets balanced.*pooling"):
+        assert timm.create_model("dfs_msdnet_cifar100", pretrained=True, global_pool="max").presets == {}
+
+
+def test_a_fine_tuned_checkpoint_keeps_its_classifiers(make, tmp_path):
+    model = make(num_classes=7)
+    again = loaded(make, saved(model.state_dict(), tmp_path / "seven.safetensors"), num_classes=7)
+    assert equal_states(again, model)
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"a", b"rb", b"q\0", b""], ids=repr)
+def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(content, tmp_path):
+    (tmp_path / "odd.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"Cannot load .*odd\.pth"):
+        loaded(tiny_vgg, tmp_path / "odd.pth")
 
 
 def test_a_models_presets_are_its_own(make):

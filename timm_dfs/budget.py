@@ -112,6 +112,11 @@ def budgeted_batch(
         )
     if targets.shape != logits.shape[1:2]:
         raise ValueError(f"test has {logits.shape[1]} samples but targets of shape {tuple(targets.shape)}.")
+    check_targets(targets, logits.shape[-1])
+    if val_logits.shape[-1] != logits.shape[-1]:
+        raise ValueError(
+            f"val has {val_logits.shape[-1]} classes, test {logits.shape[-1]}; they must be of one network."
+        )
     if points < 1:
         raise ValueError(f"points is {points}; give at least 1.")
     confidence = confidence_function("max_prob")
@@ -136,6 +141,14 @@ def _check_logits(logits: torch.Tensor) -> None:
     if logits.ndim != 3 or logits.numel() == 0:
         raise ValueError(f"Logits have shape {tuple(logits.shape)}; give (exits, samples, classes), none of them 0.")
     check_finite(logits)
+
+
+def check_targets(targets: torch.Tensor, classes: int) -> None:
+    """Raise ``ValueError`` unless targets are integers in 0 … ``classes`` - 1."""
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.min() < 0 or targets.max() >= classes:
+        raise ValueError(
+            f"Targets are {targets.dtype} from {targets.min()} to {targets.max()}; give integers in 0 … {classes - 1}."
+        )
 
 
 def check_finite(logits: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -102,6 +103,8 @@ def _labels(model: MultiExitModel) -> tuple[str, ...]:
 
 def _policy(model: MultiExitModel, preset: str | None, thresholds: str | None) -> ExitPolicy:
     if thresholds is not None:
+        if preset is not None:
+            raise ValueError("Both --preset and --thresholds are given; give one of them.")
         try:
             values = [float(value) for value in thresholds.split(",")]
         except ValueError:
@@ -213,7 +216,7 @@ def predict_images(
     as_json: AsJson = False,
 ) -> None:
     """Classify images: every exit's answer and cost, and which exit early exit would take."""
-    opened = {str(path): open_image(path) for path in images}
+    opened = [(str(path), open_image(path)) for path in images]
     model = _create(model_name, pretrained=True, checkpoint=checkpoint)
     policy = _policy(model, preset, thresholds)
     costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
@@ -235,19 +238,19 @@ def predict_images(
 
 
 def _answers(
-    model: MultiExitModel, images: dict, policy: ExitPolicy, costs: list[int], whole: int
+    model: MultiExitModel, images: list[tuple[str, Image.Image]], policy: ExitPolicy, costs: list[int], whole: int
 ) -> list[dict[str, Any]]:
     """What every exit says of each image, and which one answers."""
     with evaluating(model), torch.inference_mode():
-        logits = torch.stack(model.forward_exits(prepare(model, [*images.values()])))
+        logits = torch.stack(model.forward_exits(prepare(model, [image for _, image in images])))
     confidence, label = logits.softmax(-1).max(-1)
     labels = _labels(model)
     broken = logits.isnan().any(-1).any(0)
     if broken.any():
-        names = ", ".join(name for name, is_broken in zip(images, broken.tolist()) if is_broken)
+        names = ", ".join(name for (name, _), is_broken in zip(images, broken.tolist()) if is_broken)
         raise ValueError(f"The network's logits for {names} hold NaN; check its weights.")
     answers = []
-    for i, (name, k) in enumerate(zip(images, policy.exit_index(logits).tolist(), strict=True)):
+    for i, ((name, _), k) in enumerate(zip(images, policy.exit_index(logits).tolist(), strict=True)):
         exits = [
             dict(exit=j, label=labels[label[j, i]], confidence=confidence[j, i].item(), flops=costs[j])
             for j in range(model.num_exits)
@@ -333,7 +336,7 @@ def run_demo(
     model = _create(model_name, pretrained=True)
     policy = resolve_policy(model, preset)
     costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
-    answers = _answers(model, images, policy, costs, whole)
+    answers = _answers(model, [*images.items()], policy, costs, whole)
     speed = demo.measure(model, [*images.values()], policy, batch_size)
     mean_cost = sum(count * cost for count, cost in zip(speed.exit_counts, costs, strict=True)) / batch_size
     data: dict[str, Any] = dict(

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from .budget import check_finite
-from .multi_exit import MultiExitModel, evaluating, require_exits
+from .budget import check_finite, check_targets
+from .multi_exit import MultiExitModel, as_images, evaluating, require_exits
 
 
 def collect_logits(
@@ -24,11 +24,12 @@ def collect_logits(
         ValueError: If the loader is empty.
     """
     require_exits(model)
-    reference = next(model.parameters())
     logits, targets = [], []
     with evaluating(model), torch.inference_mode():
         for x, target in loader:
-            answers = torch.stack(model.forward_exits(x.to(reference)))
+            if target.shape != x.shape[:1]:
+                raise ValueError(f"A batch has {len(x)} images but targets of shape {tuple(target.shape)}; give (B,).")
+            answers = torch.stack(model.forward_exits(as_images(model, x)))
             logits.append(answers.float().cpu())
             targets.append(target.cpu())
     if not logits:
@@ -82,9 +83,10 @@ def calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 1
 
 
 def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
-    if logits.ndim != 3 or targets.shape != logits.shape[1:2] or len(targets) == 0:
+    if logits.ndim != 3 or len(logits) == 0 or targets.shape != logits.shape[1:2] or len(targets) == 0:
         raise ValueError(
             f"Logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}; "
             "give (exits, samples, classes) and (samples,), at least one sample."
         )
     check_finite(logits)
+    check_targets(targets, logits.shape[-1])

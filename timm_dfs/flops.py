@@ -1,5 +1,6 @@
 """Cost of each exit in multiply-adds, as fvcore counts them."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,9 @@ def last_exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = No
 
 
 def _count(module: nn.Module, model: MultiExitModel, input_size: Sequence[int] | None) -> int:
-    from fvcore.nn import FlopCountAnalysis
+    with warnings.catch_warnings():  # fvcore's import of torch.jit, which is none of the caller's business
+        warnings.simplefilter("ignore", FutureWarning)
+        from fvcore.nn import FlopCountAnalysis
 
     size = tuple((model.in_chans, *model.pretrained_cfg["input_size"][1:]) if input_size is None else input_size)
     if len(size) != 3 or min(size) < 1 or size[0] != model.in_chans:

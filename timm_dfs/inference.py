@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .multi_exit import MultiExitModel, evaluating, require_exits
+from .multi_exit import MultiExitModel, as_images, evaluating, require_exits
 from .policy import ExitPolicy
 
 
@@ -31,8 +31,9 @@ def resolve_policy(model: MultiExitModel, policy: ExitPolicy | str) -> ExitPolic
         if policy not in model.presets:
             known = ", ".join(map(repr, model.presets)) or "none"
             raise ValueError(f"There is no preset {policy!r}; this model has {known}. Or give an ExitPolicy.")
-        preset = model.presets[policy]
-        policy = ExitPolicy(preset["thresholds"], preset.get("confidence", "max_prob"))
+        policy = ExitPolicy.from_preset(model.presets[policy])
+    if not isinstance(policy, ExitPolicy):
+        raise ValueError(f"policy is {policy!r}; give an ExitPolicy or the name of a preset.")
     policy.check_exits(model.num_exits)
     return policy
 
@@ -41,7 +42,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
     """Classify a batch; each sample leaves at its own exit and the rest of the batch goes on smaller.
 
     Nothing deeper is computed once nobody is left, and no head of an exit that cannot answer. The model is
-    evaluated in eval mode and left in the mode it was in; threads that share it should put it in eval mode first.
+    evaluated in eval mode and left in the mode it was in; in eval mode, threads may share it.
 
     Args:
         model: A network with exits.
@@ -56,8 +57,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
     """
     require_exits(model)
     policy = resolve_policy(model, policy)
-    if x.ndim != 4 or x.shape[1] != model.in_chans:
-        raise ValueError(f"x has shape {tuple(x.shape)}; give a batch of images (B, {model.in_chans}, H, W).")
+    x = as_images(model, x)
     if x.shape[0] == 0:
         return Prediction(x.new_empty(0, model.num_classes), torch.empty(0, dtype=torch.int64, device=x.device))
     last = model.num_exits - 1
@@ -82,7 +82,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
 
     with evaluating(model), torch.inference_mode():
         model.walk(x, visit, policy.answering)
-        prediction = _in_order(answers)
+    prediction = _in_order(answers)  # outside of inference mode: ordinary tensors
     if broken.any():
         warnings.warn(
             f"The logits of samples {broken.nonzero()[:, 0].tolist()} hold NaN; they went to the last exit.",

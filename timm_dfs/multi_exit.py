@@ -1,5 +1,6 @@
 """What every multi-exit network shares: one walk from shallow to deep that asks a visitor at each exit."""
 
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -208,17 +209,40 @@ def require_exits(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no exits; create one of the models that 'timm-dfs list' names.")
 
 
+def as_images(model: MultiExitModel, x: torch.Tensor) -> torch.Tensor:
+    """``x`` on the model's device and in its type.
+
+    Raises:
+        ValueError: Unless ``x`` is a floating-point batch (B, in_chans, H, W).
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x is a {type(x).__name__}; give a tensor (B, {model.in_chans}, H, W).")
+    if x.ndim != 4 or x.shape[1] != model.in_chans or 0 in x.shape[2:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; give a batch of images (B, {model.in_chans}, H, W).")
+    if not x.is_floating_point():
+        raise ValueError(f"x holds {x.dtype}; give images normalised as the model's pretrained_cfg says.")
+    return x.to(next(model.parameters()))
+
+
+_MODES = threading.RLock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in eval mode for the duration; every module gets its own mode back.
 
-    A model that is in eval mode already is not touched, so threads may share it.
+    A model that is in eval mode already is not touched, and threads may share it. With one in training mode, threads
+    take turns.
     """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    with _MODES:
+        training = [module for module in model.modules() if module.training]
         for module in training:
-            module.training = True
+            module.training = False
+        if training:
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+            return
+    yield

@@ -1,7 +1,7 @@
 """Feature partitioning and referencing: who may train which channels of an exit's feature."""
 
-import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ def check_beta(beta: float | None) -> None:
     """Raise ``ValueError`` unless ``beta`` is ``None`` or a number in [0, 1]."""
     if beta is None:
         return
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or math.isnan(beta) or not 0 <= beta <= 1:
+    if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= beta <= 1:
         raise ValueError(
             f"beta is {beta!r}; give a number in [0, 1] (the share of channels deeper layers may train) "
             "or None for joint training without partition."

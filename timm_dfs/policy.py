@@ -1,6 +1,7 @@
 """When an exit's answer is good enough: confidences, thresholds, and which exit answers each sample."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 
@@ -20,7 +21,7 @@ def confidence_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     Raises:
         ValueError: If there is none of that name.
     """
-    if name not in CONFIDENCES:
+    if not isinstance(name, str) or name not in CONFIDENCES:
         raise ValueError(f"confidence is {name!r}; choose one of {', '.join(map(repr, CONFIDENCES))}.")
     return CONFIDENCES[name]
 
@@ -39,7 +40,11 @@ class ExitPolicy:
     """
 
     def __init__(self, thresholds: Sequence[float | None] | torch.Tensor, confidence: str = "max_prob"):
-        values = thresholds.tolist() if isinstance(thresholds, torch.Tensor) else list(thresholds)
+        values = thresholds.tolist() if isinstance(thresholds, torch.Tensor) else thresholds
+        if not isinstance(values, (list, tuple)) or not all(
+            value is None or (isinstance(value, Real) and not isinstance(value, bool)) for value in values
+        ):
+            raise ValueError(f"thresholds is {thresholds!r}; give a list of numbers, one per exit, None for never.")
         self.thresholds = tuple(float("inf") if value is None else float(value) for value in values)
         if not self.thresholds:
             raise ValueError("thresholds is empty; give one per exit.")
@@ -49,6 +54,13 @@ class ExitPolicy:
             )
         self.confidence = confidence
         self._confidence = confidence_function(confidence)
+
+    @classmethod
+    def from_preset(cls, preset: dict) -> "ExitPolicy":
+        """The policy of a preset: ``thresholds`` and, if it is not the default, ``confidence``."""
+        if not isinstance(preset, dict) or "thresholds" not in preset:
+            raise ValueError(f"a preset is {preset!r}; give a dict with the key 'thresholds'.")
+        return cls(preset["thresholds"], preset.get("confidence", "max_prob"))
 
     def check_exits(self, num_exits: int) -> None:
         """Raise ``ValueError`` unless there is one threshold for each of ``num_exits`` exits."""

@@ -1,17 +1,16 @@
 """Where weights come from, and building a model with them through timm's own machinery."""
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models._builder import resolve_pretrained_cfg
 
 from .factory import JOINT
 from .multi_exit import MultiExitModel
+from .policy import ExitPolicy
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -99,6 +98,11 @@ def build_model(
     def checked_filter_fn(state_dict: dict, model: Model) -> dict:
         state_dict = filter_fn(state_dict, model)
         _check_keys(state_dict, model, source)
+        classifier = state_dict.get(f"{classifiers[-1]}.weight")
+        if classifier is not None and len(classifier) == model.num_classes and model.pretrained_cfg["num_classes"] > 0:
+            # A fine-tuned checkpoint has our classes, whatever the config says: timm keeps its classifiers. A negative
+            # number in the config is train.py's way to have fresh ones.
+            model.pretrained_cfg["num_classes"] = model.num_classes
         return state_dict
 
     try:
@@ -110,13 +114,16 @@ def build_model(
             feature_cfg=dict(feature_cls="hook", out_indices=tuple(range(len(classifiers)))),
             **kwargs,
         )
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:  # whatever a damaged or foreign file makes timm, torch and our renaming stumble over
         if file is None:
             raise
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"There is no weights file {file}; check the path.") from error
+        reason = "it holds pickled objects or is no checkpoint" if "weights_only" in str(error) else repr(error)
         raise ValueError(
-            f"Cannot load {file} into {variant}: {error} Give a .safetensors file or a checkpoint of tensors only "
+            f"Cannot load {file} into {variant}: {reason}. Give a .safetensors file or a checkpoint of tensors only "
             "(nothing else is unpickled) that was saved by this model or by the official code for it."
         ) from error
     if isinstance(model, MultiExitModel):  # features_only wraps it
@@ -157,16 +164,19 @@ def _check_presets(model: MultiExitModel, trained: dict) -> None:
         what
         for what, changed in (
             ("classes", model.num_classes != model.pretrained_cfg.get("num_classes")),
-            ("exits", any(len(preset["thresholds"]) != model.num_exits for preset in model.presets.values())),
+            (
+                "exits",
+                any(len(preset["thresholds"]) != model.num_exits for preset in trained.get("presets", {}).values()),
+            ),
             ("values", (model.referencing == "off") != (trained.get("referencing", model.referencing) == "off")),
+            ("pooling", model.heads[-1].pool.pool_type != trained.get("global_pool", "avg")),
         )
         if changed
     ]
     if changes and model.presets == trained.get("presets"):
         model.drop_presets(model.presets, f"the model's {' and '.join(changes)} are not those they were fitted to")
     for name, preset in model.presets.items():
-        if len(preset["thresholds"]) != model.num_exits:
-            raise ValueError(
-                f"Preset {name!r} has {len(preset['thresholds'])} thresholds; "
-                f"give one for each of {model.num_exits} exits."
-            )
+        try:
+            ExitPolicy.from_preset(preset).check_exits(model.num_exits)
+        except ValueError as error:
+            raise ValueError(f"Preset {name!r}: {error}") from error

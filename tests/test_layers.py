@@ -10,10 +10,10 @@ import timm_dfs
 PACKAGE = Path(timm_dfs.__file__).parent
 
 LAYERS = (  # lowest first
-    {"cifar100", "partition", "policy", "budget", "factory"},
+    {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory"},
     {"heads", "multi_exit", "flops"},
     {"weights", "models.*"},
-    {"images", "inference", "evaluate", "losses", "task", "hub", "demo"},
+    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "hub", "demo"},
     {"cli"},
 )
 

@@ -2,11 +2,13 @@
 
 from . import factory, models, task
 from .budget import BudgetPoint, budgeted_batch, find_thresholds
+from .conflict import GradientConflict, gradient_conflict
 from .evaluate import anytime_accuracy, calibration_error, collect_logits
 from .flops import exit_flops
 from .inference import Prediction, predict
 from .losses import ExitsLoss
 from .multi_exit import MultiExitModel
+from .objective import Objective
 from .partition import Partition
 from .policy import ExitPolicy
 
@@ -16,7 +18,9 @@ __all__ = [
     "BudgetPoint",
     "ExitPolicy",
     "ExitsLoss",
+    "GradientConflict",
     "MultiExitModel",
+    "Objective",
     "Partition",
     "Prediction",
     "anytime_accuracy",
@@ -25,6 +29,7 @@ __all__ = [
     "collect_logits",
     "exit_flops",
     "find_thresholds",
+    "gradient_conflict",
     "models",
     "predict",
 ]

@@ -1,8 +1,47 @@
 """The classifier of one exit: an optional body that condenses the feature, then pool, dropout, linear."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
+
+
+class Classifiers(tuple[nn.Module, ...]):
+    """The classifiers of all exits, with ``weight`` and ``bias`` for what sets one classifier's.
+
+    ``train.py``'s ``--head-init-scale`` and ``--head-init-bias`` call ``weight.mul_`` and ``nn.init.constant_(bias)``.
+    """
+
+    @property
+    def weight(self) -> "_InPlace":
+        return _InPlace("weight", (getattr(classifier, "weight", None) for classifier in self))
+
+    @property
+    def bias(self) -> "_InPlace":
+        return _InPlace("bias", (getattr(classifier, "bias", None) for classifier in self))
+
+
+class _InPlace:
+    """Several tensors' in-place operations as one's."""
+
+    def __init__(self, name: str, tensors: Iterable[torch.Tensor | None]):
+        self._name = name
+        self._tensors = [tensor for tensor in tensors if tensor is not None]
+
+    def __getattr__(self, operation: str) -> Callable:
+        if not operation.endswith("_") or operation.endswith("__"):
+            raise AttributeError(f"There is one {self._name} for each exit; take one of them for its {operation!r}.")
+
+        def on_all(*args: Any, **kwargs: Any) -> "_InPlace":
+            if not self._tensors and operation != "mul_":  # what is not there is scaled in vain, but set to nothing
+                raise ValueError(f"This network's classifiers have no {self._name} to set.")
+            for tensor in self._tensors:
+                getattr(tensor, operation)(*args, **kwargs)
+            return self
+
+        return on_all
 
 
 class ExitHead(nn.Module):

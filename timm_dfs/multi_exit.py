@@ -6,16 +6,22 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
+from timm.layers import use_reentrant_ckpt
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
 
+from .equilibrium import balance
 from .factory import JOINT
-from .heads import ExitHead
+from .heads import Classifiers, ExitHead
+from .objective import Objective
 from .partition import Partition, PartitionedConv2d, check_beta, check_referencing
 
 # What these do depends on the gradient mode, which FX cannot trace.
 register_notrace_module(Partition)
 register_notrace_module(PartitionedConv2d)
+
+Reader = Callable[[int, torch.Tensor], torch.Tensor]
+"""Called as ``read(exit_index, feature)``; returns logits."""
 
 Visitor = Callable[[int, torch.Tensor], "torch.Tensor | None"]
 """Called as ``visit(exit_index, logits)`` at an exit. Returns the rows of the batch (int64 indices) that go on:
@@ -57,6 +63,8 @@ class MultiExitModel(nn.Module):
         self.referencing = referencing
         self.presets = dict(presets or {})
         self.grad_checkpointing = False
+        self.objective = Objective()
+        self.adapters: nn.ModuleList | None = None
         self._given_args: dict = {}
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
@@ -68,6 +76,35 @@ class MultiExitModel(nn.Module):
         )
         self.num_features = heads[-1].in_features
         self.head_hidden_size = heads[-1].num_features
+
+    def train_for(self, objective: Objective) -> None:
+        """Prepare for training as ``objective`` says: freeze the backbone, make adapters, balance gradients.
+
+        Raises:
+            ValueError: If the objective does not fit the number of exits.
+        """
+        objective.check_exits(self.num_exits)
+        self.objective = objective
+        if not objective.train_backbone:
+            for parameter in self.parameters():
+                parameter.requires_grad = False
+            for parameter in self.heads.parameters():
+                parameter.requires_grad = True
+        if objective.distill_feature_weight > 0:
+            like = next(self.heads.parameters())
+            self.adapters = nn.ModuleList(
+                nn.Linear(head.num_features, self.heads[-1].num_features, device=like.device, dtype=like.dtype)
+                for head in self.heads[:-1]
+            )
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "MultiExitModel":
+        super().train(mode)
+        if not self.objective.train_backbone:
+            for name, module in self.named_children():
+                if name not in ("heads", "adapters"):
+                    module.eval()
+        return self
 
     # What a subclass provides.
 
@@ -107,7 +144,13 @@ class MultiExitModel(nn.Module):
         """Names of the modules after which the exits are attached, shallow to deep."""
         return tuple(info["module"] for info in self.feature_info)
 
-    def walk(self, x: torch.Tensor, visit: Visitor, exits: Collection[int] | None = None) -> list[torch.Tensor]:
+    def walk(
+        self,
+        x: torch.Tensor,
+        visit: Visitor,
+        exits: Collection[int] | None = None,
+        read: Reader | None = None,
+    ) -> list[torch.Tensor]:
         """Run the network shallow to deep and call ``visit(exit_index, logits)`` at each exit.
 
         Args:
@@ -115,6 +158,7 @@ class MultiExitModel(nn.Module):
             visit: The visitor; the rows it returns go on, none stops the walk.
             exits: Exits to visit (all by default). No other head is computed, and nothing beyond the deepest;
                 without any, the backbone runs to its end.
+            read: What makes logits of an exit's feature; its head by default.
 
         Returns:
             The state where the walk ended.
@@ -127,18 +171,25 @@ class MultiExitModel(nn.Module):
         deepest = max(exits, default=last)
         if deepest > last or min(exits, default=0) < 0:
             raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
+        read = read or self._answer
+        balanced = self.objective.gradient_equilibrium and torch.is_grad_enabled()
         state = self.start(x)
         for k in range(deepest + 1):
             state = self.advance(state, k)
             onward, feature = self.partitions[k](state[0]) if k < last else (state[0], state[0])
+            if balanced:
+                onward, feature = balance(onward, feature, self.num_exits - k)
             state = [onward, *state[1:]]
             if k in exits:
-                rows = visit(k, self.heads[k](feature))
+                rows = visit(k, read(k, feature))
                 if rows is not None:
                     if rows.numel() == 0:
                         break
                     state = [tensor[rows] for tensor in state]
         return state
+
+    def _answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+        return self.heads[exit_index](feature)
 
     def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of all E exits for images (B, in_chans, H, W): E tensors (B, num_classes), shallow to deep."""
@@ -147,10 +198,38 @@ class MultiExitModel(nn.Module):
         return tuple(logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """All exits' logits in training mode; in eval mode the last exit's alone, no other head computed."""
-        if self.training:
-            return self.forward_exits(x)
-        return self.forward_head(self.forward_features(x))
+        """All exits' logits in training mode; in eval mode the last exit's alone, no other head computed.
+
+        In training with feature distillation, the logits are followed by one tensor (E - 1,) more, see
+        :meth:`forward_distances`.
+        """
+        if not self.training:
+            return self.forward_head(self.forward_features(x))
+        return self.forward_exits(x) if self.adapters is None else self.forward_distances(x)
+
+    def forward_distances(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """All exits' logits, then each early exit's distance from the last exit's feature (E - 1,).
+
+        It is the L2 distance over the whole batch between pooled features, the early exit's taken to the last one's
+        width by its adapter (BYOT, arXiv 1905.08094, equation 4). No gradient goes into the last exit's.
+        """
+        if self.adapters is None:
+            raise ValueError("This model has no adapters; create it with distill_feature_weight above 0.")
+        features: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
+
+        def read(exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+            head = self.heads[exit_index]
+            features.append(head.pool_and_classify(head.body(feature), pre_logits=True))
+            return head.fc(features[-1])
+
+        self.walk(x, lambda _, answer: logits.append(answer), read=read)
+        teacher = features.pop().detach().float()
+        distances = [
+            torch.linalg.vector_norm(adapter(feature).float() - teacher)
+            for adapter, feature in zip(self.adapters, features, strict=True)
+        ]
+        return *logits, torch.stack(distances)
 
     # timm's verbs.
 
@@ -163,9 +242,9 @@ class MultiExitModel(nn.Module):
         """The last exit's logits from :meth:`forward_features`."""
         return self.heads[-1].pool_and_classify(x, pre_logits=pre_logits)
 
-    def get_classifier(self) -> tuple[nn.Module, ...]:
-        """The classifiers of all exits, shallow to deep."""
-        return tuple(head.get_submodule("fc") for head in self.heads)
+    def get_classifier(self) -> Classifiers:
+        """The classifiers of all exits, shallow to deep: a tuple."""
+        return Classifiers(head.get_submodule("fc") for head in self.heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give every exit a fresh classifier; presets, fitted to the old ones, are dropped with a warning."""
@@ -199,6 +278,11 @@ class MultiExitModel(nn.Module):
     def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
         if self.grad_checkpointing and torch.is_grad_enabled():
+            if use_reentrant_ckpt():
+                raise ValueError(
+                    "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and "
+                    "frozen layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
+                )
             return checkpoint(module, *inputs)
         return module(*inputs)
 

@@ -10,6 +10,7 @@ from timm.models._builder import resolve_pretrained_cfg
 
 from .factory import JOINT
 from .multi_exit import MultiExitModel
+from .objective import take_settings
 from .policy import ExitPolicy
 
 WEIGHTS_FILE = "model.safetensors"
@@ -71,7 +72,8 @@ def build_model(
         pretrained: Whether to load weights.
         filter_fn: Renames the keys of an official checkpoint.
         num_exits: From the class's arguments to the number of exits they make.
-        **kwargs: What timm passes to an entrypoint, and the class's own arguments.
+        **kwargs: What timm passes to an entrypoint, the class's own arguments, and the settings of
+            :class:`~timm_dfs.objective.Objective`.
 
     Raises:
         ValueError: If there are no weights, they cannot be read, or they do not fit the model.
@@ -92,11 +94,14 @@ def build_model(
             kwargs = {**packaged, "pretrained_model_args": packaged, **kwargs}
     if kwargs.get("beta") == JOINT:
         kwargs["beta"] = None
+    objective, kwargs = take_settings(kwargs)
+    objective.check_exits(num_exits(kwargs))  # before anything is loaded
     classifiers = tuple(f"heads.{k}.fc" for k in range(num_exits(kwargs)))  # timm adapts those to another num_classes
     kwargs["pretrained_cfg_overlay"] = dict(kwargs.get("pretrained_cfg_overlay") or {}, classifier=classifiers)
 
     def checked_filter_fn(state_dict: dict, model: Model) -> dict:
         state_dict = filter_fn(state_dict, model)
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith("adapters.")}
         _check_keys(state_dict, model, source)
         classifier = state_dict.get(f"{classifiers[-1]}.weight")
         if classifier is not None and len(classifier) == model.num_classes and model.pretrained_cfg["num_classes"] > 0:
@@ -128,6 +133,7 @@ def build_model(
         ) from error
     if isinstance(model, MultiExitModel):  # features_only wraps it
         _check_presets(model, kwargs.get("pretrained_model_args") or {})
+        model.train_for(objective)
     return model
 
 

@@ -1,0 +1,93 @@
+"""What training optimises: the settings that reach a model as ``train.py``'s ``--model-kwargs``."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+AGGREGATORS = ("PCGrad", "CAGrad", "NashMTL", "MGDA", "AlignedMTL", "UPGrad")
+"""Gradient aggregators, by the names that torchjd gives them."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the exits' losses make one gradient.
+
+    Attributes:
+        loss_weights: Weight of each exit's loss, shallow to deep; ``None`` for one each (DFS, equation 1).
+        distill_weight: Share of the early exits' losses that is soft cross-entropy against the last exit, which is
+            not trained by it (BYOT; Zhang et al., ICCV 2019, arXiv 1905.08094, equation 3).
+        distill_temperature: Temperature of both sides of that soft cross-entropy. The loss is not multiplied by its
+            square, as in the official DFS code.
+        distill_feature_weight: Weight of the L2 distance, over the whole batch, between the last exit's pooled
+            feature and each early exit's, which a linear adapter takes to its width (BYOT, equation 4).
+        gradient_equilibrium: At each exit point, scale what its head and what the deeper layers send back so that
+            every exit counts the same there (GE; Li et al., ICCV 2019, arXiv 1908.06294, section 3.2).
+        train_backbone: ``False`` freezes parameters and normalisation statistics of the backbone: heads only.
+        aggregator: One of :data:`AGGREGATORS`, or ``None`` for the sum of the exits' gradients.
+
+    Raises:
+        ValueError: If a value is outside what is said above.
+    """
+
+    loss_weights: Sequence[float] | None = None
+    distill_weight: float = 0.0
+    distill_temperature: float = 3.0
+    distill_feature_weight: float = 0.0
+    gradient_equilibrium: bool = False
+    train_backbone: bool = True
+    aggregator: str | None = None
+
+    def __post_init__(self) -> None:
+        weights = self.loss_weights
+        if weights is not None and not _are_weights(weights):
+            raise ValueError(f"loss_weights is {weights!r}; give one number of at least 0 per exit, not all of them 0.")
+        if not _is_number(self.distill_weight) or not 0 <= self.distill_weight <= 1:
+            raise ValueError(f"distill_weight is {self.distill_weight!r}; give a share in [0, 1].")
+        if not _is_number(self.distill_temperature) or self.distill_temperature <= 0:
+            raise ValueError(f"distill_temperature is {self.distill_temperature!r}; give a positive number.")
+        if not _is_number(self.distill_feature_weight) or self.distill_feature_weight < 0:
+            raise ValueError(f"distill_feature_weight is {self.distill_feature_weight!r}; give a number of at least 0.")
+        for name in ("gradient_equilibrium", "train_backbone"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False.")
+        if self.aggregator is not None and self.aggregator not in AGGREGATORS:
+            raise ValueError(
+                f"aggregator is {self.aggregator!r}; choose one of {', '.join(map(repr, AGGREGATORS))}, or None."
+            )
+
+    def check_exits(self, num_exits: int) -> None:
+        """Raise ``ValueError`` unless these settings make sense for ``num_exits`` exits."""
+        if self.loss_weights is not None and len(self.loss_weights) != num_exits:
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} entries; give one for each of this network's "
+                f"{num_exits} exits."
+            )
+        if num_exits < 2:
+            for name in ("distill_weight", "distill_feature_weight", "gradient_equilibrium", "aggregator"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is something between exits, and this network has only one; leave it out.")
+
+
+SETTINGS = tuple(field.name for field in fields(Objective))
+"""Names of the settings, as keyword arguments of every model."""
+
+
+def take_settings(kwargs: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
+    """Split a model's keyword arguments into its objective and the rest."""
+    ours = {name: value for name, value in kwargs.items() if name in SETTINGS}
+    return Objective(**ours), {name: value for name, value in kwargs.items() if name not in SETTINGS}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_weights(weights: Any) -> bool:
+    return (
+        isinstance(weights, Sequence)
+        and not isinstance(weights, str)
+        and all(_is_number(weight) and weight >= 0 for weight in weights)
+        and sum(weights) > 0
+    )

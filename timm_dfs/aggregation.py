@@ -20,7 +20,7 @@ def make_aggregator(name: str, losses: int) -> Aggregate:
     try:
         from torchjd import aggregation
 
-        settings = {"CAGrad": dict(c=0.4), "NashMTL": dict(n_tasks=losses)}  # c as in CAGrad's paper
+        settings: dict[str, dict] = {"CAGrad": dict(c=0.4), "NashMTL": dict(n_tasks=losses)}  # c as in CAGrad's paper
         return getattr(aggregation, name)(**settings.get(name, {}))
     except ImportError as error:
         raise ModuleNotFoundError(

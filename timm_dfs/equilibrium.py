@@ -1,4 +1,4 @@
-"""Gradient equilibrium: every exit counts the same at each exit point (GE; Li et al., arXiv 1908.06294, section 3.2)."""
+"""Gradient equilibrium: every exit counts the same at each exit point (GE; arXiv 1908.06294, section 3.2)."""
 
 import torch
 

@@ -93,8 +93,8 @@ class MultiExitModel(nn.Module):
         if objective.distill_feature_weight > 0:
             like = next(self.heads.parameters())
             self.adapters = nn.ModuleList(
-                nn.Linear(head.num_features, self.heads[-1].num_features, device=like.device, dtype=like.dtype)
-                for head in self.heads[:-1]
+                nn.Linear(width, self.head_hidden_size, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+                for width in (head.num_features for head in self.heads[:-1])
             )
         self.train(self.training)
 

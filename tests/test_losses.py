@@ -92,7 +92,7 @@ def test_weights_reach_training_through_the_model(make):
 def soft_cross_entropy(student, teacher, temperature):
     """By its definition, in float64, a sample at a time."""
     total = 0.0
-    for ours, theirs in zip(student.double(), teacher.detach().double()):
+    for ours, theirs in zip(student.detach().double(), teacher.detach().double()):
         wanted = [math.exp(v / temperature) for v in theirs]
         given = [math.exp(v / temperature) for v in ours]
         total -= sum(w / sum(wanted) * math.log(g / sum(given)) for w, g in zip(wanted, given))

@@ -13,8 +13,8 @@ LAYERS = (  # lowest first
     {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory"},
     {"heads", "multi_exit", "flops"},
     {"weights", "models.*"},
-    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "hub", "demo"},
-    {"cli"},
+    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"},
+    {"cli.*"},
 )
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
@@ -28,7 +28,7 @@ def module_of(file):
 
 def layer_of(module):
     """Height of a module; a module outside the table fails."""
-    names = {module, "models.*"} if module == "models" or module.startswith("models.") else {module}
+    names = {module, module.partition(".")[0] + ".*"}
     heights = [height for height, layer in enumerate(LAYERS) if names & layer]
     assert len(heights) == 1, f"{module} has no place in the table of layers; give it one."
     return heights[0]

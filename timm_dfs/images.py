@@ -77,8 +77,12 @@ def dataset_loader(
     target_key: str | None,
     batch_size: int,
     workers: int,
+    samples: int | None = None,
 ) -> "DataLoader":
     """timm's evaluation loader over a data set, named as in timm's ``train.py``.
+
+    Args:
+        samples: How many to draw, at random and always the same; by default all, in order.
 
     Raises:
         ValueError: If the data set is empty or its first sample cannot be read.
@@ -99,7 +103,7 @@ def dataset_loader(
             f"{input_key!r} and {target_key!r} ({type(error).__name__}: {error}): give those it has."
         ) from error
     config = _data_config(model)
-    return create_loader(
+    loader = create_loader(
         data,
         input_size=config["input_size"],
         batch_size=batch_size,
@@ -112,3 +116,7 @@ def dataset_loader(
         num_workers=workers,
         persistent_workers=False,
     )
+    if samples is None:
+        return loader
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:samples].tolist()
+    return torch.utils.data.DataLoader(torch.utils.data.Subset(loader.dataset, chosen), batch_size, num_workers=workers)

@@ -1,0 +1,9 @@
+"""The command line, ``timm-dfs``. Each file's commands register themselves."""
+
+from . import data, images, models, scripts  # noqa: F401
+from .base import app
+
+
+def main() -> None:
+    """Entry point of ``timm-dfs``."""
+    app()

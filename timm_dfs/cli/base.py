@@ -1,0 +1,147 @@
+"""What the commands share: the app, how a model is created and named, how tables and errors look."""
+
+import ast
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoints import read_run
+from ..inference import resolve_policy
+from ..multi_exit import MultiExitModel
+from ..policy import ExitPolicy
+
+app = typer.Typer(
+    help="Networks with exits for timm: list, inspect, try and evaluate them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+
+ModelName = Annotated[
+    str, typer.Argument(help="A dfs_* name, hf-hub:user/name, or a checkpoint of train.py's.", metavar="MODEL")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights to use instead of the model's own.")]
+ModelKwargs = Annotated[
+    list[str] | None,
+    typer.Option(help="Arguments of the model, as in train.py: --model-kwargs exits=4 --model-kwargs beta=0.3."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+DEFAULT_PRESET = "balanced"
+SOURCES = ("hf-hub:", "local-dir:")
+
+
+def one_line_errors(command: Callable) -> Callable:
+    """A user's mistake ends with one clear line and exit code 2; anything else keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            print(f"timm-dfs: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def command(name: str) -> Callable:
+    """Register a command of the command line."""
+    return lambda function: app.command(name)(one_line_errors(function))
+
+
+def create(
+    name: str, pretrained: bool, checkpoint: Path | None = None, model_kwargs: list[str] | None = None
+) -> MultiExitModel:
+    """The model of that name, or that a checkpoint of ``train.py``'s belongs to, in eval mode."""
+    kwargs: dict[str, Any] = {}
+    if Path(name).is_file():
+        run = read_run(Path(name))
+        if checkpoint is not None:
+            raise ValueError(f"Both {name} and --checkpoint {checkpoint} are given; give one checkpoint.")
+        name, checkpoint, kwargs = run.model, Path(name), run.model_args
+    kwargs.update(_parse(model_kwargs or []))
+    ours = name.startswith(SOURCES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
+    if not ours:
+        raise ValueError(f"There is no model {name!r}; 'timm-dfs list' shows those there are.")
+    overlay = dict(file=str(checkpoint)) if checkpoint else None
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay, **kwargs
+        )
+    except (RuntimeError, AssertionError) as error:  # timm's words for a name, tag or folder that is not there
+        raise ValueError(f"Cannot create {name}: {error}") from error
+    except TypeError as error:  # an argument that the class does not have
+        if not model_kwargs:
+            raise
+        raise ValueError(f"Cannot create {name} with --model-kwargs {' '.join(model_kwargs)}: {error}") from error
+    if not isinstance(model, MultiExitModel):
+        raise ValueError(f"{name} is a network without exits.")
+    return model.eval()
+
+
+def _parse(pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs, values as Python literals or else text, as ``train.py`` reads them."""
+    kwargs = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--model-kwargs is {pair!r}; give NAME=VALUE.")
+        try:
+            kwargs[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            kwargs[key] = text
+    return kwargs
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def saving(share: float) -> str:
+    """Compute saved against the last exit alone; who goes to the end pays for the heads on the way."""
+    if share >= 0:
+        return f"{share:.0%} of the compute saved"
+    return f"{-share:.0%} more compute than the last exit alone"
+
+
+def make_table(*headers: str, title: str | None = None) -> Table:
+    """A table whose columns of numbers (all but those with words) are flush right."""
+    table = Table(title=title)
+    words = {"layer", "model", "weights", "input", "after", "answer", "photograph", "is a"}
+    for header in headers:
+        table.add_column(header, justify="left" if header in words else "right")
+    return table
+
+
+def labels_of(model: MultiExitModel) -> tuple[str, ...]:
+    return tuple(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
+
+
+def choose_policy(model: MultiExitModel, preset: str | None, thresholds: str | None) -> ExitPolicy:
+    if thresholds is not None:
+        if preset is not None:
+            raise ValueError("Both --preset and --thresholds are given; give one of them.")
+        try:
+            values = [float(value) for value in thresholds.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--thresholds is {thresholds!r}; give numbers with commas between, one per exit."
+            ) from None
+        return resolve_policy(model, ExitPolicy(values))
+    if preset is None and DEFAULT_PRESET not in model.presets:
+        raise ValueError("This model has no presets; say when to answer with --thresholds 0.9,0.9,…, one per exit.")
+    return resolve_policy(model, preset or DEFAULT_PRESET)

@@ -1,0 +1,174 @@
+"""``timm-dfs eval`` and ``conflict``: a model over a data set."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from ..checkpoints import read_run
+from ..conflict import GradientConflict, gradient_conflict
+from ..evaluate import anytime_accuracy, calibration_error, collect_logits
+from ..flops import exit_flops
+from ..images import dataset_loader
+from ..multi_exit import MultiExitModel
+from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
+
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="As in timm's train.py, e.g. hfds/uoft-cs/cifar100; by default the checkpoint's own."),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Root of the data set.")]
+InputKey = Annotated[str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")]
+TargetKey = Annotated[
+    str | None, typer.Option(help="Column of the labels in an hfds/ data set; else CIFAR-100's, fine_label.")
+]
+BatchSize = Annotated[int, typer.Option(min=1)]
+Workers = Annotated[int, typer.Option(min=0)]
+
+
+def _data(model_name: str, **given: Any) -> dict[str, Any]:
+    """Which data: as given, else as the checkpoint's run was validated on."""
+    run = read_run(Path(model_name)).dataset if Path(model_name).is_file() else {}
+    data = {key: given[key] or run.get(of) for key, of in _SAME.items()}
+    if not data["dataset"] and not data["root"]:
+        raise ValueError("Which data set? Give --dataset, as in timm's train.py, e.g. hfds/uoft-cs/cifar100.")
+    data["dataset"] = data["dataset"] or ""
+    data["split"] = data["split"] or "test"
+    data["root"] = str(data["root"]) if data["root"] else None
+    if data["dataset"].startswith("hfds/"):
+        try:
+            import datasets  # noqa: F401
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("Hub data sets need the data extra: pip install 'timm-dfs[data]'.") from None
+        data["input_key"] = data["input_key"] or "img"
+        data["target_key"] = data["target_key"] or "fine_label"
+    return data
+
+
+_SAME = dict(dataset="dataset", root="data_dir", split="val_split", input_key="input_key", target_key="target_key")
+
+
+def _tracked(loader: Iterable, what: str) -> Iterable:
+    return track(loader, what, console=Console(stderr=True))
+
+
+@command("eval")
+def evaluate_model(
+    model_name: ModelName,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to evaluate on; by default the checkpoint's validation split, or test.")
+    ] = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
+    batch_size: BatchSize = 128,
+    workers: Workers = 1,
+    checkpoint: Checkpoint = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy, calibration and cost of every exit over a data set."""
+    where = _data(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
+    logits, targets = collect_logits(model, _tracked(loader, f"{model_name} on {where['split']}"))
+    data: dict[str, Any] = dict(
+        model=model_name,
+        dataset=where["dataset"],
+        split=where["split"],
+        samples=len(targets),
+        top1=anytime_accuracy(logits, targets).tolist(),
+        top5=anytime_accuracy(logits, targets, topk=min(5, model.num_classes)).tolist(),
+        ece=calibration_error(logits, targets).tolist(),
+        flops=exit_flops(model),
+        flops_lazy=exit_flops(model, lazy=True),
+    )
+    if as_json:
+        return print_json(data)
+    table = make_table(
+        "exit",
+        "top-1, %",
+        "top-5, %",
+        "ECE",
+        "multiply-adds, M",
+        "lazy, M",
+        title=f"{model_name}: {len(targets)} samples",
+    )
+    columns = zip(data["top1"], data["top5"], data["ece"], data["flops"], data["flops_lazy"], strict=True)
+    for k, (top1, top5, ece, cost, lazy) in enumerate(columns):
+        table.add_row(str(k), f"{top1:.2f}", f"{top5:.2f}", f"{ece:.4f}", millions(cost), millions(lazy))
+    console.print(table)
+
+
+@command("conflict")
+def show_conflict(
+    model_name: ModelName,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to draw from; by default the checkpoint's validation split, or test.")
+    ] = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
+    batch_size: BatchSize = 128,
+    batches: Annotated[int, typer.Option(min=1, help="Batches, drawn at random.")] = 8,
+    workers: Workers = 1,
+    checkpoint: Checkpoint = None,
+    model_kwargs: ModelKwargs = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a heat map, layers by pairs of exits.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far the exits pull the weights they share apart. --model-kwargs beta=None: as joint training would."""
+    where = _data(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers, samples=batches * batch_size)
+    found = gradient_conflict(model, _tracked(loader, f"{model_name} on {where['split']}"))
+    if plot is not None:
+        _plot(found, plot, f"{model_name}, beta {model.beta}: cosine between exits' gradients")
+    pairs = _pairs(model)
+    rows: list[dict[str, Any]] = [
+        dict(layer=name, cosine=_present(cosine, pairs)) for name, cosine in zip(found.layers, found.cosine)
+    ]
+    if as_json:
+        return print_json(dict(model=model_name, beta=model.beta, conflicting=found.conflicting, layers=rows))
+    table = make_table("layer", "pairs", "mean cosine", "lowest", "of exits", title=f"{model_name}, beta {model.beta}")
+    for row in rows:
+        cosines = row["cosine"]
+        lowest = min(cosines, key=cosines.__getitem__)
+        mean = sum(cosines.values()) / len(cosines)
+        table.add_row(row["layer"], str(len(cosines)), f"{mean:.3f}", f"{cosines[lowest]:.3f}", lowest)
+    console.print(table)
+    console.print(f"[bold]{found.conflicting:.1%}[/] of all pairs of exits, over layers and batches, conflict.")
+
+
+def _pairs(model: MultiExitModel) -> list[tuple[int, int]]:
+    return [(i, j) for j in range(model.num_exits) for i in range(j)]
+
+
+def _present(cosine: torch.Tensor, pairs: list[tuple[int, int]]) -> dict[str, float]:
+    """A layer's cosines by pair of exits, of those that both train it."""
+    values = {f"{i} and {j}": cosine[i, j].item() for i, j in pairs}
+    return {pair: value for pair, value in values.items() if value == value}
+
+
+def _plot(found: GradientConflict, file: Path, title: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--plot needs the plots extra: pip install 'timm-dfs[plots]'.") from None
+    exits = found.cosine.shape[-1]
+    first, second = torch.triu_indices(exits, exits, offset=1)
+    figure = Figure(figsize=(2 + 0.3 * len(first), 1.5 + 0.16 * len(found.layers)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(found.cosine[:, first, second], cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(first)), [f"{i}–{j}" for i, j in zip(first.tolist(), second.tolist())], rotation=90)
+    axes.set_yticks(range(len(found.layers)), found.layers, fontsize=6)
+    axes.set_xlabel("exits")
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, label="cosine; below 0: conflict")
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,101 @@
+"""``timm-dfs list``, ``info`` and ``flops``: what there is."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import typer
+from timm.models import is_model_pretrained
+
+from ..flops import exit_flops, last_exit_flops
+from .base import SOURCES, AsJson, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
+
+
+@command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """The models there are, and which come with trained weights."""
+    rows: list[dict[str, Any]] = []
+    for name in timm.list_models("dfs_*"):
+        cfg = timm.get_pretrained_cfg(name)
+        rows.append(
+            dict(name=name, weights=is_model_pretrained(name), classes=cfg.num_classes, input_size=cfg.input_size)
+        )
+    if as_json:
+        return print_json(rows)
+    table = make_table("model", "weights", "classes", "input")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            "yes" if row["weights"] else "none yet",
+            str(row["classes"]),
+            "×".join(map(str, row["input_size"])),
+        )
+    console.print(table)
+
+
+@command("info")
+def show_info(model_name: ModelName, model_kwargs: ModelKwargs = None, as_json: AsJson = False) -> None:
+    """A model's exits, settings, size and presets."""
+    has_weights = Path(model_name).is_file() or model_name.startswith(SOURCES) or is_model_pretrained(model_name)
+    model = create(model_name, pretrained=has_weights, model_kwargs=model_kwargs)
+    costs = exit_flops(model)
+    data: dict[str, Any] = dict(
+        model=model_name,
+        weights=has_weights,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        classes=model.num_classes,
+        input_size=model.pretrained_cfg["input_size"],
+        beta=model.beta,
+        referencing=model.referencing,
+        exits=[
+            dict(exit=k, point=info["module"], channels=info["num_chs"], reduction=info["reduction"], flops=cost)
+            for k, (info, cost) in enumerate(zip(model.feature_info, costs, strict=True))
+        ],
+        presets=model.presets,
+    )
+    if as_json:
+        return print_json(data)
+    console.print(
+        f"[bold]{model_name}[/]: {data['parameters'] / 1e6:.2f} M parameters, {model.num_classes} classes, ", end=""
+    )
+    console.print(
+        f"beta {model.beta}, referencing {model.referencing}, weights: {'yes' if data['weights'] else 'none yet'}"
+    )
+    table = make_table("exit", "after", "channels", "stride", "multiply-adds, M")
+    for row in data["exits"]:
+        table.add_row(*map(str, (row["exit"], row["point"], row["channels"], row["reduction"])), millions(row["flops"]))
+    console.print(table)
+    for name, preset in model.presets.items():
+        console.print(f"preset [bold]{name}[/]: {', '.join(f'{key} {value}' for key, value in preset.items())}")
+
+
+@command("flops")
+def show_flops(
+    model_name: ModelName,
+    input_size: Annotated[tuple[int, int, int] | None, typer.Option(help="Channels, height, width.")] = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Multiply-adds up to each exit, in both conventions."""
+    model = create(model_name, pretrained=False, model_kwargs=model_kwargs)
+    size = tuple(input_size or model.pretrained_cfg["input_size"])
+    data: dict[str, Any] = dict(
+        model=model_name,
+        input_size=size,
+        published=exit_flops(model, size),
+        lazy=exit_flops(model, size, lazy=True),
+        last_exit_alone=last_exit_flops(model, size),
+    )
+    if as_json:
+        return print_json(data)
+    table = make_table(
+        "exit", "published", "lazy", title=f"{model_name} at {'×'.join(map(str, size))}: multiply-adds, M"
+    )
+    for k, (published, lazy) in enumerate(zip(data["published"], data["lazy"], strict=True)):
+        table.add_row(str(k), millions(published), millions(lazy))
+    console.print(table)
+    console.print(
+        "published: all that the training forward computes up to the exit; lazy: what early exit computes; "
+        f"the last exit alone, no other head: {millions(data['last_exit_alone'])} M. "
+        "BatchNorm counts, as fvcore has it."
+    )

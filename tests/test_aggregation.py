@@ -46,7 +46,7 @@ def task_of(model, criterion=None):
 
 
 def pair(make, aggregator, **settings):
-    """A network whose gradients are summed and its twin whose gradients are aggregated, in float64."""
+    """A network whose gradients are summed and its twin whose gradients are aggregated in float32, both in float64."""
     plain = make(drop_rate=0.0, **settings).double().train()
     return plain, same_weights(plain, make(drop_rate=0.0, aggregator=aggregator, **settings).double())
 
@@ -74,8 +74,8 @@ def aggregated(rows, model, aggregator):
             ]
         )
         torch.manual_seed(SEED)
-        parts = SOLVERS[aggregator](len(rows))(jacobian).split([parameters[name].numel() for name in shared])
-        expected |= {name: part.view_as(parameters[name]) for name, part in zip(shared, parts)}
+        parts = SOLVERS[aggregator](len(rows))(jacobian.float()).split([parameters[name].numel() for name in shared])
+        expected |= {name: part.view_as(parameters[name]).to(jacobian) for name, part in zip(shared, parts)}
     return expected
 
 
@@ -86,7 +86,7 @@ def backward(task, x, target=LABELS, scale=None):
     return result
 
 
-def assert_gradients(model, expected, rtol=1e-6, atol=1e-9):
+def assert_gradients(model, expected, rtol=1e-4, atol=1e-6):
     for name, parameter in model.named_parameters():
         if name in expected:
             assert torch.allclose(parameter.grad, expected[name], rtol=rtol, atol=atol), name
@@ -217,7 +217,7 @@ def test_scaling_the_loss_scales_the_gradient(aggregator, scale):
     plain, model = pair(tiny_vgg, aggregator)
     expected = aggregated(rows_of(exit_losses(plain, images(6).double()), plain), plain, aggregator)
     backward(task_of(model), images(6).double(), scale=scale)
-    assert_gradients(model, {name: scale * gradient for name, gradient in expected.items()}, atol=scale * 1e-9)
+    assert_gradients(model, {name: scale * gradient for name, gradient in expected.items()}, atol=scale * 1e-6)
 
 
 def test_a_loss_that_is_not_a_number_leaves_gradients_that_are_not_either(aggregator):

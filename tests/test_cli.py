@@ -1,5 +1,6 @@
 """The command line: readable output, JSON for scripts, one clear line and exit code 2 for a user's mistake."""
 
+import argparse
 import json
 
 import datasets
@@ -188,3 +189,98 @@ def test_the_same_image_twice_gets_two_answers(checkpoint, picture):
 def test_a_preset_and_thresholds_together_are_refused(checkpoint, picture):
     args = "predict", "dfs_vgg7_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS
     assert_one_line(run(*args, "--preset", "fast"), "--preset", "--thresholds")
+
+
+@pytest.fixture(scope="module")
+def training_run(tmp_path_factory, pictures):
+    """A checkpoint as train.py writes one, of a small joint VGG with its own classes."""
+    torch.manual_seed(0)
+    settings = dict(depths=(1, 2), widths=(6, 8), beta=None)
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=10, **settings)
+    args = argparse.Namespace(
+        model="dfs_vgg7_cifar100",
+        num_classes=10,
+        in_chans=None,
+        gp=None,
+        model_kwargs=dict(settings, distill_weight=0.3),
+        dataset=f"hfds/{pictures}",
+        data_dir=None,
+        val_split="test",
+        input_key="img",
+        target_key="fine_label",
+    )
+    file = tmp_path_factory.mktemp("run") / "last.pth.tar"
+    torch.save(dict(epoch=0, arch="dfs_vgg7_cifar100", args=args, state_dict=model.state_dict()), file)
+    return file
+
+
+def test_eval_of_a_checkpoint_needs_nothing_else(training_run):
+    data = run_json("eval", training_run, "--workers", 0)
+    assert data["samples"] == 6 and data["split"] == "test" and len(data["top1"]) == 3
+
+
+def test_eval_takes_other_data_than_the_checkpoints_own(training_run, pictures):
+    data = run_json("eval", training_run, "--dataset", f"hfds/{pictures}", "--split", "test[:4]", "--workers", 0)
+    assert data["samples"] == 4
+
+
+def test_predict_takes_a_checkpoint_for_a_model(training_run, picture):
+    data = run_json("predict", training_run, picture, "--thresholds", "0.5,0.5,0")
+    assert len(data["images"][0]["exits"]) == 3
+
+
+def test_two_checkpoints_are_refused(training_run):
+    assert_one_line(run("eval", training_run, "--checkpoint", training_run), "one checkpoint")
+
+
+def test_eval_without_data_says_what_is_missing():
+    assert_one_line(run("eval", "dfs_vgg7_cifar100"), "--dataset")
+
+
+def test_model_kwargs_reach_the_model():
+    args = ("--model-kwargs", "beta=None", "--model-kwargs", "depths=(1, 1, 1)")
+    data = run_json("info", "dfs_vgg7_cifar100", *args)
+    assert data["beta"] is None and len(data["exits"]) == 3
+    assert len(run_json("flops", "dfs_vgg7_cifar100", *args)["lazy"]) == 3
+
+
+@pytest.mark.parametrize("pair", ["beta", "=3", "be ta=3"])
+def test_a_model_argument_that_is_no_pair_is_refused(pair):
+    assert_one_line(run("info", "dfs_vgg7_cifar100", "--model-kwargs", pair), "NAME=VALUE")
+
+
+def test_an_unknown_model_argument_is_named():
+    assert_one_line(run("info", "dfs_vgg7_cifar100", "--model-kwargs", "bta=0.3"), "bta")
+
+
+def test_conflict_compares_exits_layer_by_layer_and_draws_them(training_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "conflict.png"
+    options = ("--batch-size", 6, "--batches", 1, "--workers", 0)
+    data = run_json("conflict", training_run, *options, "--plot", plot)
+    assert 0 <= data["conflicting"] <= 1
+    first = data["layers"][0]
+    assert first["layer"] == "stages.0.conv" and set(first["cosine"]) == {"0 and 1", "0 and 2", "1 and 2"}
+    assert Image.open(plot).size[0] > 100
+    assert "conflict" in run("conflict", training_run, *options).stdout
+
+
+def test_a_script_of_timms_runs_with_the_plugin_imported(tmp_path, monkeypatch):
+    script = "import sys, timm; print(timm.is_model('dfs_vgg7_cifar100'), sys.argv[1:], __name__)"
+    (tmp_path / "validate.py").write_text(script)
+    monkeypatch.setattr("sys.argv", ["timm-dfs"])
+    expected = "True ['--model', 'x', '--help'] __main__"
+    assert expected in run("timm", tmp_path / "validate.py", "--model", "x", "--help").stdout
+    monkeypatch.setenv("TIMM_SCRIPTS", str(tmp_path))
+    assert expected in run("timm", "validate.py", "--model", "x", "--help").stdout
+
+
+def test_a_script_that_is_not_there_says_where_to_find_it(monkeypatch):
+    monkeypatch.delenv("TIMM_SCRIPTS", raising=False)
+    assert_one_line(run("timm", "validat.py"), "validat.py", "TIMM_SCRIPTS")
+
+
+def test_benchmarking_the_training_of_one_exit_is_refused(tmp_path):
+    (tmp_path / "benchmark.py").write_text("print('ran')")
+    assert_one_line(run("timm", tmp_path / "benchmark.py", "--model", "dfs_vgg7_cifar100"), "--bench infer")
+    assert "ran" in run("timm", tmp_path / "benchmark.py", "--bench", "infer").stdout

@@ -111,7 +111,8 @@ def test_two_processes_get_the_gradients_of_one(case, processes):
             if gradient is None:
                 assert found[case][name] is None or not found[case][name].any(), name
             else:
-                assert torch.allclose(found[case][name], gradient, rtol=1e-6, atol=1e-9), name
+                close = dict(rtol=1e-4, atol=1e-6) if "aggregator" in settings else dict(rtol=1e-6, atol=1e-9)
+                assert torch.allclose(found[case][name], gradient, **close), name
 
 
 @pytest.mark.parametrize("case", CASES | ALIKE_ONLY)

@@ -71,24 +71,37 @@ class AggregatedExitsLoss(ExitsLoss):
     def _gradients(self, losses: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """The gradient of every trained parameter."""
         rows = [self._gradients_of(losses[k], last=k == self._counting[-1]) for k in self._counting]
-        columns = list(zip(*rows))
-        gradients: list[torch.Tensor | None] = [next((g for g in column if g is not None), None) for column in columns]
-        shared = [i for i, column in enumerate(columns) if sum(g is not None for g in column) > 1]
+        counts = [sum(row[i] is not None for row in rows) for i in range(len(self._trained))]
+        shared = [i for i, count in enumerate(counts) if count > 1]
+        jacobian = self._jacobian(rows, shared)
+        gradients = [next((row[i] for row in rows if row[i] is not None), None) for i in range(len(self._trained))]
         if not shared:
             return gradients
-        jacobian = torch.stack([_flat([row[i] for i in shared], [self._trained[i] for i in shared]) for row in rows])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(jacobian)
             jacobian /= distributed.get_world_size()
         # Where a loss is not finite, so are the gradients: for the training script to deal with, as always.
         aggregated = self._aggregate(jacobian) if jacobian.isfinite().all() else jacobian.sum(0)
         for i, gradient in zip(shared, aggregated.split([self._trained[i].numel() for i in shared])):
-            gradients[i] = gradient.view_as(self._trained[i])
+            gradients[i] = gradient.view_as(self._trained[i]).to(self._trained[i].dtype)
         return gradients
 
-    def _gradients_of(self, loss: torch.Tensor, last: bool) -> tuple[torch.Tensor | None, ...]:
+    def _jacobian(self, rows: list[list[torch.Tensor | None]], shared: list[int]) -> torch.Tensor:
+        """The shared parameters' gradients, one row for each exit; taken out of ``rows``, never there twice."""
+        sizes = [self._trained[i].numel() for i in shared]
+        jacobian = self._trained[0].new_empty(len(rows), sum(sizes), dtype=torch.float32)
+        for i, columns in zip(shared, jacobian.split(sizes, dim=1)):
+            for row, part in zip(rows, columns):
+                gradient, row[i] = row[i], None
+                if gradient is None:  # this loss does not reach the parameter
+                    part.zero_()
+                else:
+                    part.copy_(gradient.flatten())
+        return jacobian
+
+    def _gradients_of(self, loss: torch.Tensor, last: bool) -> list[torch.Tensor | None]:
         try:
-            return torch.autograd.grad(loss, self._trained, retain_graph=not last, allow_unused=True)
+            return list(torch.autograd.grad(loss, self._trained, retain_graph=not last, allow_unused=True))
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise
@@ -96,16 +109,6 @@ class AggregatedExitsLoss(ExitsLoss):
                 f"aggregator={self.objective.aggregator!r} needs one backward pass for each exit, which a compiled "
                 "model does not allow. Train without --torchcompile."
             ) from error
-
-
-def _flat(gradients: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """One row of the Jacobian; a parameter that the loss does not reach counts as zeros."""
-    return torch.cat(
-        [
-            (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
-            for gradient, parameter in zip(gradients, parameters)
-        ]
-    )
 
 
 class _WithGradient(torch.autograd.Function):

@@ -165,7 +165,7 @@ def _plot(found: GradientConflict, file: Path, title: str) -> None:
     first, second = torch.triu_indices(exits, exits, offset=1)
     figure = Figure(figsize=(2 + 0.3 * len(first), 1.5 + 0.16 * len(found.layers)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(found.cosine[:, first, second], cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    image = axes.imshow(found.cosine[:, first, second].numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     axes.set_xticks(range(len(first)), [f"{i}–{j}" for i, j in zip(first.tolist(), second.tolist())], rotation=90)
     axes.set_yticks(range(len(found.layers)), found.layers, fontsize=6)
     axes.set_xlabel("exits")

@@ -1,0 +1,93 @@
+"""What the benchmarks share: the methods, a training step, peak memory, the machine."""
+
+import multiprocessing
+import platform
+import resource
+import time
+from pathlib import Path
+
+import timm
+import torch
+from timm.task import ClassificationTask
+from torch import nn
+
+import timm_dfs
+
+METHODS = {
+    "joint": dict(beta=None),
+    "DFS 0.1": dict(beta=0.1),
+    "DFS 0.5": dict(beta=0.5),
+    "DFS 0.9": dict(beta=0.9),
+    "BYOT": dict(beta=None, distill_weight=0.3, distill_feature_weight=0.03),
+    "GE": dict(beta=None, gradient_equilibrium=True),
+    "PCGrad": dict(beta=None, aggregator="PCGrad"),
+    "CAGrad": dict(beta=None, aggregator="CAGrad"),
+    "Nash-MTL": dict(beta=None, aggregator="NashMTL"),
+    "MGDA": dict(beta=None, aggregator="MGDA"),
+    "AlignedMTL": dict(beta=None, aggregator="AlignedMTL"),
+    "UPGrad": dict(beta=None, aggregator="UPGrad"),
+}
+"""Each method as arguments of a model. BYOT's weights are those of the official DFS code's ResNet recipe."""
+
+
+class Trainer:
+    """A network in training, one batch at a time, through timm's own task; SGD as published, one cycle of ``lr``."""
+
+    def __init__(self, model: str, model_kwargs: dict, lr: float, steps: int, dtype: torch.dtype = torch.float32):
+        self.model = timm.create_model(model, **model_kwargs).train().to(memory_format=torch.channels_last)
+        self.task = ClassificationTask(self.model, nn.CrossEntropyLoss(), verbose=False)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps)
+        self.dtype = dtype
+        self.seconds: list[float] = []
+
+    def step(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        start = time.perf_counter()
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.task(x, target)["loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def peak_memory(model: str, model_kwargs: dict, batch_size: int) -> int:
+    """Bytes that three training steps need at the most above what the model itself takes, in a process of their own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_measure_memory, args=(queue, model, model_kwargs, batch_size))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"Measuring the memory of {model} with {model_kwargs} failed; see above.")
+    return queue.get()
+
+
+def _measure_memory(queue, model: str, model_kwargs: dict, batch_size: int) -> None:
+    trainer = Trainer(model, model_kwargs, 0.1, 10)
+    size = trainer.model.pretrained_cfg["input_size"]
+    x = torch.randn(batch_size, *size).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(trainer.model.num_classes, (batch_size,))
+    before = _resident("VmRSS")
+    for _ in range(3):
+        trainer.step(x, target)
+    queue.put(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """Linux's figure of this process's memory in bytes; elsewhere the peak is all there is."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith(field)]
+    return 1024 * int(line.split()[1])
+
+
+def describe_machine() -> str:
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = cpus[0].partition(":")[2].strip() if cpus else platform.processor() or platform.machine()
+    return (
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, "
+        f"timm-dfs {timm_dfs.__version__}"
+    )

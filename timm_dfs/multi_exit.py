@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from timm.layers import use_reentrant_ckpt
+from timm.layers import is_scriptable, use_reentrant_ckpt
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
 
@@ -50,6 +50,11 @@ class MultiExitModel(nn.Module):
         presets: dict[str, dict] | None,
     ):
         super().__init__()
+        if is_scriptable():
+            raise ValueError(
+                "TorchScript (scriptable=True, train.py's --torchscript) cannot express networks with exits; "
+                "torch.compile (--torchcompile) and torch.export can."
+            )
         check_beta(beta)
         check_referencing(referencing)
         if in_chans < 1:

@@ -23,7 +23,7 @@ def test_the_python_blocks_run():
 
 
 def test_the_shell_examples_are_commands_that_exist():
-    commands = [shlex.split(line) for line in re.findall(r"^timm-dfs .*$", README, re.M)]
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^timm-dfs .*$", README, re.M)]
     assert len(commands) >= 5
     for _, command, *_ in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0

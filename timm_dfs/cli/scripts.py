@@ -19,6 +19,9 @@ def run_script(
     script: Annotated[str, typer.Argument(help=f"Path of the script, or its name in the folder ${SCRIPTS}.")],
 ) -> None:
     """Run one of timm's scripts (validate.py, inference.py, benchmark.py, onnx_export.py), which know no plugins."""
+    if script == "--help":  # after a script's name it is the script's
+        typer.echo(context.get_help())
+        raise typer.Exit()
     file = find_script(script, context.args)
     sys.argv = [str(file), *context.args]
     runpy.run_path(str(file), run_name="__main__")

@@ -121,7 +121,7 @@ def test_two_exits_that_conflict_get_what_one_computes_by_hand(aggregator, expec
 # By torch.autograd and torchjd themselves.
 
 
-@pytest.mark.parametrize("beta", [None])
+@pytest.mark.parametrize("beta", [None, 0.5, 0.0])
 def test_shared_parameters_get_the_aggregate_and_others_their_plain_gradient(make, aggregator, beta):
     plain, model = pair(make, aggregator, beta=beta)
     losses = exit_losses(plain, images(6).double())
@@ -161,7 +161,7 @@ def test_weights_and_distillation_weigh_what_is_aggregated(aggregator):
 
 
 def test_equilibrium_scales_what_is_aggregated(make):
-    plain, model = pair(make, "UPGrad", gradient_equilibrium=True, beta=None)
+    plain, model = pair(make, "UPGrad", gradient_equilibrium=True)
     expected = aggregated(rows_of(exit_losses(plain, images(6).double()), plain), plain, "UPGrad")
     backward(task_of(model), images(6).double())
     assert_gradients(model, expected)
@@ -194,10 +194,20 @@ def test_with_a_frozen_backbone_nothing_is_shared_and_gradients_are_plain(make):
 
 
 def test_checkpointing_changes_no_gradient(make):
-    plain, model = pair(make, "UPGrad", beta=None)
+    plain, model = pair(make, "UPGrad")
     expected = aggregated(rows_of(exit_losses(plain, images(6).double()), plain), plain, "UPGrad")
     model.set_grad_checkpointing()
     backward(task_of(model), images(6).double())
+    assert_gradients(model, expected)
+
+
+def test_adapters_share_nothing_with_other_exits(make):
+    settings = dict(distill_feature_weight=0.25, loss_weights=[1, 2, 0.5])
+    plain, model = pair(make, "UPGrad", **settings)
+    losses = task_of(plain).criterion.of_each_exit(plain(images(6).double()), LABELS)
+    expected = aggregated(rows_of(losses, plain), plain, "UPGrad")
+    result = backward(task_of(model), images(6).double())
+    assert torch.allclose(result["loss"], sum(losses))
     assert_gradients(model, expected)
 
 
@@ -218,6 +228,44 @@ def test_scaling_the_loss_scales_the_gradient(aggregator, scale):
     expected = aggregated(rows_of(exit_losses(plain, images(6).double()), plain), plain, aggregator)
     backward(task_of(model), images(6).double(), scale=scale)
     assert_gradients(model, {name: scale * gradient for name, gradient in expected.items()}, atol=scale * 1e-6)
+
+
+def test_under_autocast_the_aggregator_computes_in_float32(aggregator):
+    plain = tiny_vgg(drop_rate=0.0).train()
+    model = same_weights(plain, tiny_vgg(drop_rate=0.0, aggregator=aggregator))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = exit_losses(plain, images(6))
+    expected = aggregated(rows_of(losses, plain), plain, aggregator)
+    torch.manual_seed(SEED)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task_of(model)(images(6), LABELS)["loss"]
+    loss.backward()
+    assert_gradients(model, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_networks_in_half_precision_are_aggregated_too(aggregator):
+    model = tiny_vgg(aggregator=aggregator, dtype=torch.bfloat16).train()
+    backward(task_of(model), images(6).bfloat16())
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("early", [True, False], ids=["before_the_task", "by_the_task"])
+def test_a_compiled_network_is_refused_with_the_remedy_or_aggregated_exactly(backend, early):
+    torch._dynamo.reset()
+    plain, model = pair(tiny_vgg, "MGDA")
+    expected = aggregated(rows_of(exit_losses(plain, images(6).double()), plain), plain, "MGDA")
+    try:
+        if early:
+            task = task_of(torch.compile(model, backend=backend))
+        else:
+            task = task_of(model)
+            task.compile(backend=backend)
+        backward(task, images(6).double())
+    except ValueError as error:
+        assert "aggregator='MGDA'" in str(error) and "--torchcompile" in str(error)
+    else:
+        assert_gradients(model, expected)
 
 
 def test_a_loss_that_is_not_a_number_leaves_gradients_that_are_not_either(aggregator):
@@ -306,3 +354,20 @@ def test_without_torchjd_the_task_says_how_to_get_it(aggregator, missing, monkey
 def test_every_named_aggregator_is_torchjds(aggregator):
     assert issubclass(getattr(aggregation, aggregator), aggregation.Aggregator)
     assert aggregator in SOLVERS
+
+
+def test_layers_frozen_or_freed_after_the_task_was_made_are_not_trained_or_are():
+    plain, model = pair(tiny_vgg, "UPGrad", train_backbone=False)
+    task = task_of(model)
+    for network in (plain, model):
+        network.requires_grad_(True)
+        network.stages[0].requires_grad_(False)
+    expected = aggregated(rows_of(exit_losses(plain, images(6).double()), plain), plain, "UPGrad")
+    backward(task, images(6).double())
+    assert_gradients(model, expected)
+
+
+def test_a_batch_that_teaches_nothing_leaves_zeros(aggregator):
+    model = tiny_vgg(aggregator=aggregator, num_classes=1).train()  # cross-entropy of one class is 0
+    backward(task_of(model), images(6), torch.zeros(6, dtype=torch.long))
+    assert not any(parameter.grad.any() for parameter in model.parameters())

@@ -256,3 +256,13 @@ def test_what_is_not_a_number_is_refused(where):
 def test_what_are_no_images_is_refused(x):
     with pytest.raises(ValueError, match=r"^x "):
         gradient_conflict(tiny_vgg(), [(x, LABELS)])
+
+
+def test_a_network_with_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="nothing conflicts"):
+        gradient_conflict(tiny_vgg().requires_grad_(False), BATCHES)
+
+
+def test_gradients_as_small_as_they_come_still_have_directions():
+    conflict = gradient_conflict(Toy([1e-16 * FOR, -1e-16 * FOR]), ONE)
+    assert torch.allclose(conflict.cosine[0], torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))

@@ -583,3 +583,40 @@ def test_a_frozen_backbone_loads_weights(make, tmp_path):
 def test_the_backbone_is_trained_by_default(make):
     assert all(parameter.requires_grad for parameter in make().parameters())
     assert all(module_modes(make().train()).values())
+
+
+# Changes after the model is made.
+
+
+@pytest.mark.parametrize("global_pool", [None, "catavgmax", "max"])
+def test_fresh_classifiers_with_another_pooling_have_adapters_that_fit(make, global_pool):
+    model = make(distill_feature_weight=0.25)
+    model.reset_classifier(7, global_pool)
+    task_of(model.train())(images(6), LABELS)["loss"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_network_without_classes_may_have_adapters(make):
+    model = make(num_classes=0, distill_feature_weight=0.25).train()
+    assert len(model(images(6))) == 4
+
+
+def test_another_objective_undoes_the_one_before(make):
+    model = make(train_backbone=False, distill_feature_weight=0.25)
+    model.train_for(Objective())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module_modes(model.train()).values())
+    assert len(model(images(6))) == 3
+
+
+def test_train_scripts_way_to_load_a_checkpoint_lets_go_of_adapters(make, tmp_path):
+    """As timm's validate.py does, which knows nothing of the settings the checkpoint was trained with."""
+    trained = make(distill_feature_weight=0.25)
+    torch.save(dict(state_dict=trained.state_dict()), tmp_path / "last.pth.tar")
+    model = make()
+    timm.models.load_checkpoint(model, str(tmp_path / "last.pth.tar"))
+    assert torch.equal(model.eval()(images()), trained.eval()(images()))
+
+
+def test_an_empty_batch_of_soft_targets_is_a_loss_that_is_not_a_number():
+    assert ExitsLoss(SoftTargetCrossEntropy())([torch.zeros(0, CLASSES)] * 2, torch.zeros(0, CLASSES)).isnan()

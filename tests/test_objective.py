@@ -1,14 +1,17 @@
 """What training optimises is said by model arguments; a value that makes no sense is refused by its name."""
 
 import copy
+from fractions import Fraction
 
 import pytest
 import timm
 import torch
 from helpers import TINY, images, same_weights, tiny_msdnet, tiny_resnet, tiny_vgg
+from timm.task import ClassificationTask
+from torch import nn
 
 from timm_dfs import Objective
-from timm_dfs.objective import AGGREGATORS
+from timm_dfs.objective import AGGREGATORS, SETTINGS
 
 NAN, INF = float("nan"), float("inf")
 
@@ -165,3 +168,40 @@ def test_settings_survive_a_copy_and_a_fresh_classifier():
     model = copy.deepcopy(tiny_vgg(loss_weights=[1, 2, 3], distill_weight=0.3))
     model.reset_classifier(7)
     assert model.objective == Objective(loss_weights=[1, 2, 3], distill_weight=0.3)
+
+
+@pytest.mark.parametrize("settings", [*GOOD, dict(aggregator="PCGrad")], ids=named)
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_settings_stay_out_of_the_models_config(make, settings):
+    args = make(**settings)._model_args
+    assert not set(args) & set(SETTINGS)
+    assert args == make()._model_args
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("loss_weights", b"abc"),
+        ("loss_weights", [10**400, 1, 1]),
+        ("distill_weight", 10**400),
+        ("distill_temperature", 10**400),
+        ("distill_feature_weight", 10**400),
+    ],
+    ids=["bytes", *(f"huge {i}" for i in range(4))],
+)
+def test_what_no_float_can_hold_is_refused_too(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        Objective(**{name: value})
+
+
+def test_weights_are_not_the_callers_list():
+    weights = [1, 2, 3]
+    objective = Objective(loss_weights=weights)
+    weights[0] = -1
+    assert list(objective.loss_weights) == [1, 2, 3]
+
+
+def test_fractions_are_numbers():
+    model = tiny_vgg(loss_weights=[Fraction(1, 2)] * 3, distill_weight=Fraction(1, 3)).train()
+    loss = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)(images(), torch.tensor([0, 3, 1, 4]))["loss"]
+    assert loss.isfinite()

@@ -51,10 +51,14 @@ class AggregatedExitsLoss(ExitsLoss):
 
     def __init__(self, criterion: Criterion, objective: Objective, parameters: Iterable[nn.Parameter], num_exits: int):
         super().__init__(criterion, objective)
-        self._trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self._of_model = list(parameters)
         weights = objective.loss_weights or [1.0] * num_exits
         self._counting = [k for k, weight in enumerate(weights) if weight > 0]  # an exit of weight 0 has no say
         self._aggregate = make_aggregator(str(objective.aggregator), len(self._counting))
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._of_model if parameter.requires_grad]
 
     def forward(self, outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         if isinstance(outputs, torch.Tensor) or not torch.is_grad_enabled():
@@ -71,6 +75,7 @@ class AggregatedExitsLoss(ExitsLoss):
     def _gradients(self, losses: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """The gradient of every trained parameter."""
         rows = [self._gradients_of(losses[k], last=k == self._counting[-1]) for k in self._counting]
+        self._drop_zeros(rows)
         counts = [sum(row[i] is not None for row in rows) for i in range(len(self._trained))]
         shared = [i for i, count in enumerate(counts) if count > 1]
         jacobian = self._jacobian(rows, shared)
@@ -81,10 +86,33 @@ class AggregatedExitsLoss(ExitsLoss):
             distributed.all_reduce(jacobian)
             jacobian /= distributed.get_world_size()
         # Where a loss is not finite, so are the gradients: for the training script to deal with, as always.
-        aggregated = self._aggregate(jacobian) if jacobian.isfinite().all() else jacobian.sum(0)
+        with torch.autocast(jacobian.device.type, enabled=False):
+            aggregated = self._aggregate(jacobian) if jacobian.isfinite().all() else jacobian.sum(0)
         for i, gradient in zip(shared, aggregated.split([self._trained[i].numel() for i in shared])):
             gradients[i] = gradient.view_as(self._trained[i]).to(self._trained[i].dtype)
         return gradients
+
+    @staticmethod
+    def _drop_zeros(rows: list[list[torch.Tensor | None]]) -> None:
+        """Take zeros out of ``rows`` where another exit has more: a stop-gradient leaves them rather than nothing.
+
+        So do gradients through a compiled model, and those of other exits' adapters.
+        """
+        places = [(row, i, gradient) for row in rows for i, gradient in enumerate(row) if gradient is not None]
+        if not places:
+            return
+        norms = torch._foreach_norm([gradient for *_, gradient in places], float("inf"))
+        trains = (torch.stack(norms) != 0).int()  # what is not a number counts
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(trains, distributed.ReduceOp.MAX)
+        by_parameter: dict[int, list[tuple[list, int]]] = {}
+        for (row, i, _), some in zip(places, trains.tolist()):
+            by_parameter.setdefault(i, []).append((row, some))
+        for i, column in by_parameter.items():
+            kept = [row for row, some in column if some] or [column[0][0]]
+            for row, _ in column:
+                if not any(row is other for other in kept):
+                    row[i] = None
 
     def _jacobian(self, rows: list[list[torch.Tensor | None]], shared: list[int]) -> torch.Tensor:
         """The shared parameters' gradients, one row for each exit; taken out of ``rows``, never there twice."""

@@ -43,6 +43,8 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
     """
     require_exits(model)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ValueError("No parameter is trained (all are frozen): nothing conflicts.")
     layer_of = [name.rpartition(".")[0] for name, _ in named]
     layers = list(dict.fromkeys(layer_of))
     batches = []
@@ -96,6 +98,6 @@ def _cosines(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
     present = [k for k, gradient in enumerate(gradients) if gradient is not None]
     vectors = [gradient for gradient in gradients if gradient is not None]
     if present:
-        unit = F.normalize(torch.stack(vectors).double(), dim=1)
+        unit = F.normalize(torch.stack(vectors).double(), dim=1, eps=0.0)
         cosine[torch.tensor(present)[:, None], torch.tensor(present)] = (unit @ unit.T).float().cpu()
     return cosine

@@ -87,7 +87,7 @@ def _accuracy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Top-1 in percent, for soft targets that of their likeliest class; NaN where targets are not of one class."""
     one_class = torch.ones((), dtype=torch.bool, device=logits.device)
     if target.ndim == 2 and target.shape == logits.shape:
-        one_class = (target.sum(-1) - 1).abs().max() < 1e-3
+        one_class = ((target.sum(-1) - 1).abs() < 1e-3).all()
         target = target.argmax(-1)
     if target.shape != logits.shape[:1]:
         return logits.new_full((), float("nan"), dtype=torch.float32)

@@ -13,7 +13,7 @@ from torch import nn
 from .equilibrium import balance
 from .factory import JOINT
 from .heads import Classifiers, ExitHead
-from .objective import Objective
+from .objective import SETTINGS, Objective
 from .partition import Partition, PartitionedConv2d, check_beta, check_referencing
 
 # What these do depends on the gradient mode, which FX cannot trace.
@@ -71,6 +71,7 @@ class MultiExitModel(nn.Module):
         self.objective = Objective()
         self.adapters: nn.ModuleList | None = None
         self._given_args: dict = {}
+        self.register_load_state_dict_pre_hook(_without_strange_adapters)
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
         """Give exit k its head and, except for the last, its partition; sizes come from ``feature_info``."""
@@ -89,19 +90,29 @@ class MultiExitModel(nn.Module):
             ValueError: If the objective does not fit the number of exits.
         """
         objective.check_exits(self.num_exits)
-        self.objective = objective
-        if not objective.train_backbone:
+        if objective.train_backbone != self.objective.train_backbone:
             for parameter in self.parameters():
-                parameter.requires_grad = False
+                parameter.requires_grad = objective.train_backbone
             for parameter in self.heads.parameters():
                 parameter.requires_grad = True
-        if objective.distill_feature_weight > 0:
-            like = next(self.heads.parameters())
-            self.adapters = nn.ModuleList(
-                nn.Linear(width, self.head_hidden_size, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
-                for width in (head.num_features for head in self.heads[:-1])
-            )
+        self.objective = objective
+        self._fit_adapters()
         self.train(self.training)
+
+    def _fit_adapters(self) -> None:
+        """Make adapters if the objective asks for them; those that fit are kept."""
+        if self.objective.distill_feature_weight == 0:
+            self.adapters = None
+            return
+        widths = [head.num_features for head in self.heads]
+        if self.adapters is None or [(a.in_features, a.out_features) for a in self.adapters] != [
+            (width, widths[-1]) for width in widths[:-1]
+        ]:
+            like = next(self.parameters())
+            self.adapters = nn.ModuleList(
+                nn.Linear(width, widths[-1], device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+                for width in widths[:-1]
+            )
 
     def train(self, mode: bool = True) -> "MultiExitModel":
         super().train(mode)
@@ -258,6 +269,7 @@ class MultiExitModel(nn.Module):
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
         self.head_hidden_size = self.heads[-1].num_features  # type: ignore[assignment]
         self.num_classes = num_classes
+        self._fit_adapters()
         self.drop_presets(self.presets, "the classifiers they were fitted to are gone")
 
     def drop_presets(self, names: Collection[str], reason: str) -> None:
@@ -274,7 +286,7 @@ class MultiExitModel(nn.Module):
 
     @_model_args.setter
     def _model_args(self, args: dict) -> None:
-        self._given_args = {key: value for key, value in args.items() if key != "presets"}
+        self._given_args = {key: value for key, value in args.items() if key not in ("presets", *SETTINGS)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
@@ -290,6 +302,13 @@ class MultiExitModel(nn.Module):
                 )
             return checkpoint(module, *inputs)
         return module(*inputs)
+
+
+def _without_strange_adapters(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:
+    """Adapters serve training only: a model that has none lets go of a checkpoint's."""
+    if model.adapters is None:
+        for key in [key for key in state_dict if key.startswith(f"{prefix}adapters.")]:
+            del state_dict[key]
 
 
 def require_exits(model: nn.Module) -> None:

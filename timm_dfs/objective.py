@@ -57,6 +57,11 @@ class Objective:
                 f"aggregator is {self.aggregator!r}; choose one of {', '.join(map(repr, AGGREGATORS))}, or None."
             )
 
+        for name in ("distill_weight", "distill_temperature", "distill_feature_weight"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if weights is not None:
+            object.__setattr__(self, "loss_weights", tuple(map(float, weights)))  # the caller's list may change
+
     def check_exits(self, num_exits: int) -> None:
         """Raise ``ValueError`` unless these settings make sense for ``num_exits`` exits."""
         if self.loss_weights is not None and len(self.loss_weights) != num_exits:
@@ -81,13 +86,16 @@ def take_settings(kwargs: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond float's range
+        return False
 
 
 def _are_weights(weights: Any) -> bool:
     return (
         isinstance(weights, Sequence)
-        and not isinstance(weights, str)
+        and not isinstance(weights, (str, bytes, bytearray))
         and all(_is_number(weight) and weight >= 0 for weight in weights)
         and sum(weights) > 0
     )

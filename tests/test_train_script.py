@@ -148,11 +148,11 @@ def test_two_processes_train_every_exit(pictures, tmp_path, settings):
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(pictures, tmp_path):
-    """Where train.py is deterministic: torchrun, no augmentation, no workers, no dropout."""
+    """Where train.py is deterministic: under torchrun, which orders by epoch, without augmentation or dropout."""
     flags = ("--no-aug", "--model-ema", "--model-ema-decay", "0.5", "--epochs", "3")
-    whole = train(pictures, tmp_path, *flags, launcher=torchrun(1))
-    half = tmp_path / "run" / "checkpoint-0.pth.tar"
-    train(pictures, tmp_path, *flags, "--resume", str(half), "--experiment", "resumed", launcher=torchrun(1))
+    whole = train(pictures, tmp_path, *flags, launcher=torchrun(2))
+    first = tmp_path / "run" / "checkpoint-0.pth.tar"
+    train(pictures, tmp_path, *flags, "--resume", str(first), "--experiment", "resumed", launcher=torchrun(2))
     resumed = torch.load(tmp_path / "resumed" / "last.pth.tar", weights_only=False)
     assert resumed["epoch"] == whole["epoch"] == 2
     for part in ("state_dict", "state_dict_ema"):
@@ -162,6 +162,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(pictures, tmp_path)
         torch.equal(states[1][key]["momentum_buffer"], value["momentum_buffer"]) for key, value in states[0].items()
     )
     assert resumed["optimizer"]["param_groups"][0]["lr"] == whole["optimizer"]["param_groups"][0]["lr"]
+    losses = [(tmp_path / name / "summary.csv").read_text().splitlines()[-1] for name in ("run", "resumed")]
+    assert losses[0] == losses[1]
 
 
 def test_a_checkpoint_starts_another_run_and_is_evaluated_at_every_exit(pictures, tmp_path):

@@ -24,6 +24,7 @@ def install() -> None:
     if getattr(ClassificationTask.__init__, "of_timm_dfs", False):
         return
     _replace(ClassificationTask, "__init__", _training_every_exit)
+    _replace(ClassificationTask, "prepare_distributed", _on_processors_too)
     _replace(TrainingTask, "get_clip_parameters", _excluding_every_head)
     for task in (LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask):
         _replace(task, "__init__", _refusing_exits)
@@ -56,6 +57,17 @@ def _training_every_exit(original: Callable) -> Callable:
             self.criterion = exits_loss(with_exits, self.criterion)
 
     return __init__
+
+
+def _on_processors_too(original: Callable) -> Callable:
+    """DistributedDataParallel wants no device ids on the CPU; ``train.py`` gives them always."""
+
+    def prepare_distributed(self, device_ids=None, **kwargs):
+        if _with_exits(self.trainable_module) is not None and self.device.type == "cpu":
+            device_ids = None
+        return original(self, device_ids=device_ids, **kwargs)
+
+    return prepare_distributed
 
 
 def _excluding_every_head(original: Callable) -> Callable:

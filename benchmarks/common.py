@@ -33,9 +33,15 @@ METHODS = {
 class Trainer:
     """A network in training, one batch at a time, through timm's own task; SGD as published, one cycle of ``lr``."""
 
-    def __init__(self, model: str, model_kwargs: dict, lr: float, steps: int, dtype: torch.dtype = torch.float32):
-        self.model = timm.create_model(model, **model_kwargs).train().to(memory_format=torch.channels_last)
-        self.task = ClassificationTask(self.model, nn.CrossEntropyLoss(), verbose=False)
+    def __init__(
+        self, model: str | nn.Module, model_kwargs: dict, lr: float, steps: int, dtype: torch.dtype = torch.float32
+    ):
+        if isinstance(model, nn.Module):  # somebody else's network with exits
+            self.model, criterion = model, timm_dfs.ExitsLoss(nn.CrossEntropyLoss())
+        else:
+            self.model, criterion = timm.create_model(model, **model_kwargs), nn.CrossEntropyLoss()
+        self.model.train().to(memory_format=torch.channels_last)
+        self.task = ClassificationTask(self.model, criterion, verbose=False)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps)
         self.dtype = dtype

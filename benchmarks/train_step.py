@@ -1,62 +1,98 @@
-"""Training speed of DFS against joint training of the same network: images per second of forward and backward.
+"""Cost of a training step, method by method: images per second and peak memory, beside what arithmetic would save.
 
-    python benchmarks/train_step.py                              # VGG7, batch 200, and MSDNet, batch 128
-    python benchmarks/train_step.py dfs_vgg7_cifar100 --batch-size 64
+    python benchmarks/train_step.py                                      # VGG7 and MSDNet, the fast methods
+    python benchmarks/train_step.py dfs_vgg16_imagenet --batch-size 4 --methods joint "DFS 0.5" PCGrad
+    python benchmarks/train_step.py --official ~/dfs                     # a checkout of the official code, beside ours
 
-Runs are interleaved, figures are medians, and what counts is the ratio within one run.
+A step is forward, backward and SGD. Methods take turns, figures are medians, and what counts is the ratio within one
+run. "arithmetic" is the share of multiply-adds that a method leaves: backward costs twice forward, of which one half is
+the gradient of what a layer reads, and a partition needs only ``beta`` of that where a convolution reads the feature
+straight. Memory is the peak above the model itself, in a process of its own.
 """
 
 import argparse
-import platform
 import statistics
-import time
+from collections.abc import Callable
 
 import timm
 import torch
+from common import METHODS, Trainer, describe_machine, peak_memory
+from official import official_networks
 
 import timm_dfs
+from timm_dfs.partition import PartitionedConv2d
 
-BATCH_SIZES = {"dfs_vgg7_cifar100": 200, "dfs_msdnet_cifar100": 128}
-BETAS = (None, 0.1, 0.5, 0.9)  # None: joint training
+BATCH_SIZES = {"dfs_vgg7_cifar100": 200, "dfs_vgg16_imagenet": 8, "dfs_resnet18_cifar100": 64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(BATCH_SIZES))
+    parser.add_argument("models", nargs="*", default=["dfs_vgg7_cifar100", "dfs_msdnet_cifar100"])
+    parser.add_argument("--methods", nargs="*", default=["joint", "DFS 0.1", "DFS 0.5", "DFS 0.9", "BYOT"])
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--official", help="checkout of the official repository (GongCheng1919/dfs), run beside ours")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(describe_machine())
     for name in args.models:
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            for dtype in (torch.float32, torch.bfloat16):
-                batch_size = args.batch_size or BATCH_SIZES[name]
-                speeds = measure(name, batch_size, memory_format, dtype, args.repeats)
-                figures = ", ".join(
-                    f"{'joint' if beta is None else f'beta {beta}'} {speed:.1f} ({speed / speeds[None]:.2f}×)"
-                    for beta, speed in speeds.items()
-                )
-                print(f"{name}, batch {batch_size}, {str(memory_format)[6:]}, {str(dtype)[6:]}: {figures}", flush=True)
+        batch_size = args.batch_size or BATCH_SIZES.get(name, 128)
+        for memory_format in args.formats:
+            for dtype in args.dtypes:
+                measure(args, name, batch_size, memory_format, dtype)
 
 
-def measure(name: str, batch_size: int, memory_format: torch.memory_format, dtype: torch.dtype, repeats: int) -> dict:
-    """Median images per second for each beta."""
-    models = {beta: timm.create_model(name, beta=beta).train().to(memory_format=memory_format) for beta in BETAS}
-    size = models[None].pretrained_cfg["input_size"]
-    x = torch.randn(batch_size, *size).contiguous(memory_format=memory_format)
-    target = torch.randint(models[None].num_classes, (batch_size,))
-    loss_fn = timm_dfs.ExitsLoss(torch.nn.CrossEntropyLoss())
-    seconds: dict[float | None, list[float]] = {beta: [] for beta in BETAS}
-    for repeat in range(repeats + 1):  # the first warms up
-        for beta, model in models.items():
-            start = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = loss_fn(model(x), target)
-            loss.backward()
-            model.zero_grad()
-            if repeat > 0:
-                seconds[beta].append(time.perf_counter() - start)
-    return {beta: batch_size / statistics.median(times) for beta, times in seconds.items()}
+def measure(args: argparse.Namespace, name: str, batch_size: int, memory_format: str, dtype: str) -> None:
+    """Print a table for one network, batch size, format and type."""
+    steps: dict[str, Callable] = {}
+    for method in args.methods:
+        trainer = Trainer(name, METHODS[method], 1e-3, 1000, DTYPES[dtype])
+        trainer.model.to(memory_format=FORMATS[memory_format])
+        steps[method] = trainer.step
+    for method, network in official_networks(args.official, name).items() if args.official else ():
+        trainer = Trainer(network, {}, 1e-3, 1000, DTYPES[dtype])
+        trainer.model.to(memory_format=FORMATS[memory_format])
+        steps[method] = trainer.step
+    size = timm.get_pretrained_cfg(name).input_size
+    x = torch.randn(batch_size, *size).contiguous(memory_format=FORMATS[memory_format])
+    target = torch.randint(100, (batch_size,))
+    for step in steps.values():
+        step(x, target)
+    trainers = {method: step.__self__ for method, step in steps.items()}
+    for trainer in trainers.values():
+        trainer.seconds.clear()
+    for _ in range(args.repeats):
+        for step in steps.values():
+            step(x, target)
+    speeds = {method: batch_size / statistics.median(trainer.seconds) for method, trainer in trainers.items()}
+    print(f"\n{name}, batch {batch_size}, {memory_format}, {dtype}\n")
+    print("| method | images/s | against joint | arithmetic | peak, MB |\n|---|---|---|---|---|")
+    for method, speed in speeds.items():
+        ours = method in METHODS
+        gain = f"{arithmetic_gain(name, METHODS[method]):.2f}" if ours else ""
+        memory = f"{peak_memory(name, METHODS[method], batch_size) / 1e6:.0f}" if ours and args.memory else ""
+        print(f"| {method} | {speed:.1f} | {speed / speeds['joint']:.2f}× | {gain} | {memory} |", flush=True)
+
+
+def arithmetic_gain(name: str, settings: dict) -> float:
+    """How many times fewer multiply-adds a partition leaves of a training step; aggregation needs more, not counted."""
+    model = timm.create_model(name, **settings).eval()
+    total, saved = 3 * timm_dfs.exit_flops(model)[-1], 0
+
+    def count(module: PartitionedConv2d, args: tuple, output: torch.Tensor) -> None:
+        nonlocal saved
+        saved += (1 - (settings["beta"] or 1)) * output[0].numel() * module.weight[0].numel()
+
+    convolutions = [module for module in model.modules() if isinstance(module, PartitionedConv2d)]
+    for convolution in convolutions[1:] if settings["beta"] is not None else ():  # the first reads the image
+        convolution.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+    return total / (total - saved)
 
 
 if __name__ == "__main__":

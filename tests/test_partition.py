@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from timm_dfs import Partition
+from timm_dfs.heads import ExitHead
 from timm_dfs.partition import PartitionedConv2d
 
 BETAS = st.integers(0, 40).map(lambda n: n / 40)
@@ -100,6 +101,31 @@ def test_without_beta_both_sides_train_every_channel(feature_and_dim, referencin
     assert all(trained_channels(onward * 1, feature, dim))
     assert all(trained_channels(own * 1, feature, dim))
     assert torch.equal(onward, feature) and torch.equal(own, feature)
+
+
+@given(BETAS, REFERENCING, st.booleans())
+def test_averaging_inside_the_partition_is_averaging_behind_it(beta, referencing, in_parts):
+    torch.manual_seed(0)
+    leaf, weight, deeper = torch.randn(2, 12, 3, 5), torch.randn(2, 12, 1, 1), PartitionedConv2d(12, 3, 3)
+    results = []
+    for averaged in (False, True):
+        feature = leaf.clone().requires_grad_()
+        onward, exit_feature = Partition(12, beta, referencing, in_parts=in_parts)(feature, averaged)
+        pooled = exit_feature.mean((2, 3), keepdim=True)
+        ((pooled * weight).sum() + deeper(onward).sin().sum()).backward()
+        results.append((pooled.detach(), feature.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+@pytest.mark.parametrize("pool_type", ["avg", "fast", "fastavg", "max", "avgmax", "catavgmax"])
+@pytest.mark.parametrize("body", [None, nn.ReLU()])
+def test_a_head_that_says_it_averages_answers_the_same_from_averages(pool_type, body):
+    head = ExitHead(4, 3, body, pool_type)
+    feature = torch.randn(2, 4, 5, 6)
+    if head.averages:
+        assert torch.equal(head(feature), head(feature.mean((2, 3), keepdim=True)))
+    assert head.averages == (pool_type == "avg" and body is None)
 
 
 @given(features())

@@ -79,6 +79,11 @@ class ExitHead(nn.Module):
         """Width of the pooled feature that the classifier reads."""
         return self.in_features * self.pool.feat_mult()
 
+    @property
+    def averages(self) -> bool:
+        """Whether all that the classifier reads is the average of each of the feature's maps."""
+        return isinstance(self.body, nn.Identity) and self.pool.pool_type == "avg"
+
     def reset(
         self,
         num_classes: int,

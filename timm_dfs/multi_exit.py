@@ -192,7 +192,8 @@ class MultiExitModel(nn.Module):
         state = self.start(x)
         for k in range(deepest + 1):
             state = self.advance(state, k)
-            onward, feature = self.partitions[k](state[0]) if k < last else (state[0], state[0])
+            averaged = self.heads[k].averages
+            onward, feature = self.partitions[k](state[0], averaged) if k < last else (state[0], state[0])
             if balanced:
                 onward, feature = balance(onward, feature, self.num_exits - k)
             state = [onward, *state[1:]]

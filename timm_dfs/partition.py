@@ -61,22 +61,25 @@ class _Cut(torch.autograd.Function):
     """A feature for the deeper layers and for its exit, with the gradients of both joined in one pass.
 
     Costs nothing forward. Concatenating with a detached part would copy the feature, and its gradient would lose
-    the memory format.
+    the memory format. The exit's average is taken here because its gradient, one number per map, then never becomes
+    a tensor of the feature's size.
     """
 
     @staticmethod
-    def forward(ctx, feature, dim, shared, two_sided, in_parts):
-        ctx.dim, ctx.shared, ctx.two_sided, ctx.in_parts = dim, shared, two_sided, in_parts
+    def forward(ctx, feature, dim, shared, two_sided, in_parts, averaged):
+        ctx.dim, ctx.shared, ctx.two_sided, ctx.in_parts, ctx.averaged = dim, shared, two_sided, in_parts, averaged
         ctx.save_for_backward(feature)
         ctx.set_materialize_grads(False)
         onward = feature.narrow(dim, 0, shared) if in_parts else feature.view_as(feature)
-        return onward, feature.view_as(feature)
+        return onward, feature.mean((2, 3), keepdim=True) if averaged else feature.view_as(feature)
 
     @staticmethod
     def backward(ctx, onward_grad, exit_grad):
         (feature,) = ctx.saved_tensors
         own = feature.shape[ctx.dim] - ctx.shared
         shared_grad = onward_grad if ctx.in_parts or onward_grad is None else onward_grad.narrow(ctx.dim, 0, ctx.shared)
+        if ctx.averaged and exit_grad is not None:
+            exit_grad = (exit_grad / feature.shape[2:].numel()).expand_as(feature)
         gradient = torch.empty_like(feature)
         head, tail = gradient.narrow(ctx.dim, 0, ctx.shared), gradient.narrow(ctx.dim, ctx.shared, own)
         if exit_grad is None:
@@ -89,7 +92,7 @@ class _Cut(torch.autograd.Function):
             head.copy_(shared_grad)
         if exit_grad is not None and not ctx.two_sided:
             head.add_(exit_grad.narrow(ctx.dim, 0, ctx.shared))
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 class PartitionedConv2d(nn.Conv2d):
@@ -138,7 +141,8 @@ def _input_gradient(ctx, gradient: torch.Tensor, values: torch.Tensor, weight: t
     channels_last = gradient.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     part = weight[:, : ctx.trained].contiguous(memory_format=memory_format)
-    like = gradient.new_empty(shape).contiguous(memory_format=memory_format)  # only its shape is read
+    # Only its shape is read, but in another format all of it would be copied first.
+    like = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=memory_format)
     return _convolution_backward(ctx, gradient, like, part, [True, False, False])[0]
 
 
@@ -192,8 +196,14 @@ class Partition(nn.Module):
         self.shared = channels if beta is None else round(beta * channels)
         self.in_parts = in_parts and self.shared <= MOST_SHARED_IN_PARTS * channels
 
-    def forward(self, feature: torch.Tensor) -> tuple[Onward, torch.Tensor]:
-        """Return ``(to the deeper layers, to the exit's head)``, both with the values of ``feature`` unless off."""
+    def forward(self, feature: torch.Tensor, averaged: bool = False) -> tuple[Onward, torch.Tensor]:
+        """Return ``(to the deeper layers, to the exit's head)``, both with the values of ``feature`` unless off.
+
+        Args:
+            feature: Anything with the channels along ``dim``.
+            averaged: The head only averages the maps of an NCHW feature. It may then get them averaged already, as
+                maps of one value, which is the cheaper way to train.
+        """
         if feature.shape[self.dim] != self.channels:
             raise ValueError(
                 f"This partition was built for {self.channels} channels on axis {self.dim}, "
@@ -208,7 +218,7 @@ class Partition(nn.Module):
         if not torch.is_grad_enabled():  # only gradients would differ
             return feature, feature
         onward, exit_feature = _Cut.apply(
-            feature, self.dim, self.shared, self.referencing == "two_sided", self.in_parts
+            feature, self.dim, self.shared, self.referencing == "two_sided", self.in_parts, averaged
         )
         if self.in_parts:
             onward = PartlyTrained(onward, feature.detach())

@@ -247,3 +247,20 @@ def test_a_side_that_nobody_reads_trains_nothing(referencing):
         feature = torch.randn(2, 4, requires_grad=True)
         Partition(4, 0.5, referencing)(feature)[side].sum().backward()
         assert feature.grad.tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_second_derivatives_are_refused_rather_than_wrong(in_parts):
+    feature = torch.randn(2, 4, 3, 3, requires_grad=True)
+    onward, exit_feature = Partition(4, 0.5, in_parts=in_parts)(feature)
+    deeper = PartitionedConv2d(4, 2, 3)(onward) if in_parts else onward
+    loss = deeper.square().sum() + exit_feature.square().sum()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, feature, create_graph=True)
+
+
+def test_without_a_partition_second_derivatives_are_there():
+    feature = torch.randn(2, 4, 3, 3, requires_grad=True)
+    loss = sum(part.square().sum() for part in Partition(4, None)(feature))
+    (gradient,) = torch.autograd.grad(loss, feature, create_graph=True)
+    assert torch.allclose(torch.autograd.grad(gradient.sum(), feature)[0], torch.full_like(feature, 4.0))

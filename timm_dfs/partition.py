@@ -75,6 +75,7 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, onward_grad, exit_grad):
+        _refuse_second_derivatives()
         (feature,) = ctx.saved_tensors
         own = feature.shape[ctx.dim] - ctx.shared
         shared_grad = onward_grad if ctx.in_parts or onward_grad is None else onward_grad.narrow(ctx.dim, 0, ctx.shared)
@@ -93,6 +94,15 @@ class _Cut(torch.autograd.Function):
         if exit_grad is not None and not ctx.two_sided:
             head.add_(exit_grad.narrow(ctx.dim, 0, ctx.shared))
         return gradient, None, None, None, None, None
+
+
+def _refuse_second_derivatives() -> None:
+    """What is filled in place below has none, and torch would take them for zero."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "A partition has no second derivatives (create_graph=True, as AdaHessian wants): take another optimizer, "
+            "or beta=None."
+        )
 
 
 class PartitionedConv2d(nn.Conv2d):
@@ -123,6 +133,7 @@ class _PartlyTrainedConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        _refuse_second_derivatives()
         values, weight = ctx.saved_tensors
         trained_grad = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -22,24 +23,27 @@ class LogitsOnly(nn.Module):
 
 
 def official_networks(folder: str, name: str) -> dict[str, nn.Module]:
-    """The official counterparts of one of our models, joint and with DFS at 0.5. Its MSDNet needs ``easydict``."""
+    """The official counterparts of one of our models, trained jointly and with DFS at 0.5; none where there are none."""
     sys.path.insert(0, str(Path(folder) / "src"))
+    sys.modules.setdefault("easydict", types.SimpleNamespace(EasyDict=types.SimpleNamespace))  # all it uses of it
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
-            if name == "dfs_vgg7_cifar100":
-                make = importlib.import_module("models.dns_vgg").vgg7_64_cifar100
-                settings = (
-                    dict(use_dns=False, distill_feature=False),
-                    dict(use_dns=True, use_fr=True, distill_feature=False),
-                )
-            elif name == "dfs_msdnet_cifar100":
-                make = importlib.import_module("models.dns_msdnet").msdnet_cifar100
-                settings = dict(use_dns=False), dict(use_dns=True)
-            else:
-                return {}
-            return {
-                f"official {method}": LogitsOnly(make(**kwargs))
-                for method, kwargs in zip(("joint", "DFS 0.5"), settings, strict=True)
+            makers = {
+                "dfs_vgg7_cifar100": ("models.dns_vgg", _vgg7),
+                "dfs_msdnet_cifar100": ("models.dns_msdnet", _msdnet),
             }
+            if name not in makers:
+                return {}
+            module, make = makers[name]
+            joint, split = make(importlib.import_module(module))
+            return {"official joint": LogitsOnly(joint), "official DFS 0.5": LogitsOnly(split)}
     finally:
         sys.path.pop(0)
+
+
+def _vgg7(official: types.ModuleType) -> tuple[nn.Module, nn.Module]:
+    return official.vgg64_7_plane_mtl(), official.vgg7_64_cifar100(True, True, 0.5, distill_feature=False)
+
+
+def _msdnet(official: types.ModuleType) -> tuple[nn.Module, nn.Module]:
+    return official.msdnet_cifar100(0.5, use_dns=False), official.msdnet_cifar100(0.5)

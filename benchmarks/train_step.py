@@ -8,6 +8,10 @@ A step is forward, backward and SGD. Methods take turns, figures are medians, an
 run. "arithmetic" is the share of multiply-adds that a method leaves: backward costs twice forward, of which one half is
 the gradient of what a layer reads, and a partition needs only ``beta`` of that where a convolution reads the feature
 straight. Memory is the peak above the model itself, in a process of its own.
+
+Part of a step's time is page faults, because glibc gives large tensors back to the system at once: up to a sixth of
+VGG7's step, and more or less by chance. MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 in the
+environment keeps them away.
 """
 
 import argparse

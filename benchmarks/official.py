@@ -23,7 +23,7 @@ class LogitsOnly(nn.Module):
 
 
 def official_networks(folder: str, name: str) -> dict[str, nn.Module]:
-    """The official counterparts of one of our models, trained jointly and with DFS at 0.5; none where there are none."""
+    """The official counterparts of one of our models, joint and with DFS at 0.5; none where there are none."""
     sys.path.insert(0, str(Path(folder) / "src"))
     sys.modules.setdefault("easydict", types.SimpleNamespace(EasyDict=types.SimpleNamespace))  # all it uses of it
     try:

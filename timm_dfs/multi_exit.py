@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from timm.layers import is_scriptable, use_reentrant_ckpt
@@ -182,12 +183,9 @@ class MultiExitModel(nn.Module):
         Raises:
             ValueError: If ``exits`` names an exit that the network does not have.
         """
+        exits, deepest = self.exits_to_visit(exits)
         last = self.num_exits - 1
-        exits = range(self.num_exits) if exits is None else exits
-        deepest = max(exits, default=last)
-        if deepest > last or min(exits, default=0) < 0:
-            raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
-        read = read or self._answer
+        read = read or self.answer
         balanced = self.objective.gradient_equilibrium and torch.is_grad_enabled()
         state = self.start(x)
         for k in range(deepest + 1):
@@ -204,7 +202,17 @@ class MultiExitModel(nn.Module):
                     state = [tensor[rows] for tensor in state]
         return state
 
-    def _answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+    def exits_to_visit(self, exits: Collection[int] | None) -> tuple[Collection[int], int]:
+        """The exits that a walk visits, and the deepest exit point it gets to."""
+        last = self.num_exits - 1
+        exits = range(self.num_exits) if exits is None else exits
+        deepest = max(exits, default=last)
+        if deepest > last or min(exits, default=0) < 0:
+            raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
+        return exits, deepest
+
+    def answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+        """An exit's logits (B, num_classes) from the feature that its partition gives it."""
         return self.heads[exit_index](feature)
 
     def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -292,14 +300,18 @@ class MultiExitModel(nn.Module):
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
+    @staticmethod
+    def refuse_reentrant() -> NoReturn:
+        raise ValueError(
+            "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and frozen "
+            "layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
+        )
+
     def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             if use_reentrant_ckpt():
-                raise ValueError(
-                    "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and "
-                    "frozen layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
-                )
+                self.refuse_reentrant()
             return checkpoint(module, *inputs)
         return module(*inputs)
 

@@ -94,7 +94,7 @@ class MultiExitModel(nn.Module):
         if objective.train_backbone != self.objective.train_backbone:
             for parameter in self.parameters():
                 parameter.requires_grad = objective.train_backbone
-            for parameter in self.heads.parameters():
+            for parameter in self.head_parameters():
                 parameter.requires_grad = True
         self.objective = objective
         self._fit_adapters()
@@ -105,7 +105,7 @@ class MultiExitModel(nn.Module):
         if self.objective.distill_feature_weight == 0:
             self.adapters = None
             return
-        widths = [head.num_features for head in self.heads]
+        widths = self.pooled_widths()
         if self.adapters is None or [(a.in_features, a.out_features) for a in self.adapters] != [
             (width, widths[-1]) for width in widths[:-1]
         ]:
@@ -215,6 +215,20 @@ class MultiExitModel(nn.Module):
         """An exit's logits (B, num_classes) from the feature that its partition gives it."""
         return self.heads[exit_index](feature)
 
+    def pool_and_answer(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`answer`, and before it what an exit's classifier reads (B, width)."""
+        head = self.heads[exit_index]
+        pooled = head.pool_and_classify(head.body(feature), pre_logits=True)
+        return pooled, head.fc(pooled)
+
+    def pooled_widths(self) -> list[int]:
+        """Width of what each exit's classifier reads, shallow to deep."""
+        return [head.num_features for head in self.heads]
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained where the backbone is not."""
+        return self.heads.parameters()
+
     def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of all E exits for images (B, in_chans, H, W): E tensors (B, num_classes), shallow to deep."""
         logits: list[torch.Tensor] = []
@@ -243,9 +257,9 @@ class MultiExitModel(nn.Module):
         logits: list[torch.Tensor] = []
 
         def read(exit_index: int, feature: torch.Tensor) -> torch.Tensor:
-            head = self.heads[exit_index]
-            features.append(head.pool_and_classify(head.body(feature), pre_logits=True))
-            return head.fc(features[-1])
+            pooled, answer = self.pool_and_answer(exit_index, feature)
+            features.append(pooled)
+            return answer
 
         self.walk(x, lambda _, answer: logits.append(answer), read=read)
         teacher = features.pop().detach().float()
@@ -275,7 +289,7 @@ class MultiExitModel(nn.Module):
         reference = next(self.parameters())
         for head in self.heads:
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
-        self.head_hidden_size = self.heads[-1].num_features  # type: ignore[assignment]
+        self.head_hidden_size = self.pooled_widths()[-1]
         self.num_classes = num_classes
         self._fit_adapters()
         self.drop_presets(self.presets, "the classifiers they were fitted to are gone")

@@ -88,3 +88,18 @@ class Tap:
         parts = [part[rows] if rows is not None and isinstance(part, torch.Tensor) else part for part in output]
         parts[self.element] = onward
         return type(output)(parts)
+
+
+def last_called(module: nn.Module) -> nn.Module:
+    """The module that puts out what ``module`` does and is called wherever its layers are: of a sequence, the last.
+
+    Gradient checkpointing in timm calls the layers of a sequence, not the sequence.
+    """
+    while type(module).forward is nn.Sequential.forward and len(module) > 0:  # type: ignore[arg-type]
+        module = module[-1]
+    return module
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Whether any module in it has a :class:`Tap`."""
+    return any(isinstance(hook, Tap) for part in module.modules() for hook in part._forward_hooks.values())

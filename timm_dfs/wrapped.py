@@ -1,19 +1,19 @@
 """Any backbone of timm's with exits."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import use_reentrant_ckpt
+from timm.layers import to_2tuple, use_reentrant_ckpt
 from torch import nn
 
 from .equilibrium import balance
 from .exit_points import ELEMENT, choose, family, probe
 from .feature_heads import feature_head
-from .heads import Classifiers
+from .heads import Classifiers, check_num_classes
 from .multi_exit import MultiExitModel, Reader, Visitor
 from .partition import Partition
-from .taps import Stop, Tap, Visit
+from .taps import Stop, Tap, Visit, is_tapped, last_called
 
 
 class MultiExit(MultiExitModel):
@@ -54,7 +54,8 @@ class MultiExit(MultiExitModel):
         points, self.shrinks = probe(backbone, choose(backbone, exits), size)
         parameter = next(backbone.parameters())
         self.backbone = backbone
-        self.pretrained_cfg = backbone.pretrained_cfg
+        self.pretrained_cfg = dict(backbone.pretrained_cfg)
+        self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *size[1:])
         self.heads = nn.ModuleList(
             feature_head(
                 head,
@@ -76,9 +77,11 @@ class MultiExit(MultiExitModel):
         self.visit = Visit(self._replay)
         modules = dict(backbone.named_modules())
         for k, point in enumerate(points):
-            modules[point.module].register_forward_hook(Tap(k, self.visit, ELEMENT.get(family(backbone), 0)))
+            last_called(modules[point.module]).register_forward_hook(
+                Tap(k, self.visit, ELEMENT.get(family(backbone), 0))
+            )
         self.num_features = backbone.num_features
-        self.head_hidden_size = getattr(backbone, "head_hidden_size", backbone.num_features)
+        self.head_hidden_size = self.pooled_widths()[-1]
         self.train(backbone.training)
 
     @property
@@ -93,6 +96,8 @@ class MultiExit(MultiExitModel):
         read: Reader | None = None,
     ) -> list[torch.Tensor]:
         exits, deepest = self.exits_to_visit(exits)
+        if self.grad_checkpointing and torch.is_grad_enabled() and use_reentrant_ckpt():
+            self.refuse_reentrant()
         read = read or self.answer
         last = self.num_exits - 1
         state: list[torch.Tensor] = []
@@ -148,6 +153,19 @@ class MultiExit(MultiExitModel):
             return self.heads[exit_index](feature)
         return self.backbone.forward_head(feature)
 
+    def pool_and_answer(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if exit_index < len(self.heads):
+            return super().pool_and_answer(exit_index, feature)
+        return self.backbone.forward_head(feature, pre_logits=True), self.backbone.forward_head(feature)
+
+    def pooled_widths(self) -> list[int]:
+        return [*super().pooled_widths(), getattr(self.backbone, "head_hidden_size", self.backbone.num_features)]
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        yield from super().head_parameters()
+        for classifier in self.get_classifier()[len(self.heads) :]:
+            yield from classifier.parameters()
+
     # timm's verbs.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -167,9 +185,9 @@ class MultiExit(MultiExitModel):
         return Classifiers([*super().get_classifier(), *(own if isinstance(own, (tuple, list)) else (own,))])
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        check_num_classes(num_classes)
         self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
         super().reset_classifier(num_classes)
-        self.head_hidden_size = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable and use_reentrant_ckpt():
@@ -195,15 +213,16 @@ def _below(pattern: Any) -> Any:
 
 def _image_size(backbone: nn.Module) -> tuple[int, int]:
     """What the backbone was built for, or its pretrained config's."""
-    embed = getattr(backbone, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    return tuple(size) if size is not None else tuple(backbone.pretrained_cfg["input_size"][1:])
+    sizes = (getattr(module, "img_size", None) for module in backbone.modules())
+    return to_2tuple(next((size for size in sizes if size is not None), backbone.pretrained_cfg["input_size"][1:]))
 
 
 def _check_backbone(backbone: nn.Module) -> None:
     kind = type(backbone).__name__
     if isinstance(backbone, MultiExitModel):
         raise ValueError(f"{kind} has exits already; give the backbone alone.")
+    if isinstance(backbone, nn.Module) and is_tapped(backbone):
+        raise ValueError(f"{kind} has exits already: it is the backbone of a MultiExit; give another instance.")
     if isinstance(backbone, torch.jit.ScriptModule):
         raise ValueError(f"{kind} is scripted, which fixes its code; give the model before torch.jit.")
     missing = [

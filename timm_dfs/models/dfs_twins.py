@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import timm
+from timm.layers import to_2tuple
 from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_dict, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import _model_default_cfgs
-from torch import nn
 
 from ..exit_points import stages
 from ..factory import JOINT
@@ -93,9 +93,11 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         pretrained_cfg_overlay=base_overlay,
         **kwargs,
     )
+    if "img_size" in kwargs:
+        backbone.pretrained_cfg["input_size"] = (3, *to_2tuple(kwargs["img_size"]))
     exits = exit_args.pop("exits", None) or min(EXITS, len(stages(backbone)))
     model = MultiExit(backbone, exits, **exit_args)
-    model.pretrained_cfg = _config(cfg, backbone, model)
+    model.pretrained_cfg = _config(cfg, model)
     if from_base:
         warnings.warn(
             f"{name} has the weights of timm's {base}; its {model.num_exits - 1} early exits are untrained. Train them "
@@ -123,9 +125,9 @@ def _bases_own(kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _config(cfg: PretrainedCfg, backbone: nn.Module, model: MultiExit) -> dict[str, Any]:
+def _config(cfg: PretrainedCfg, model: MultiExit) -> dict[str, Any]:
     """The base's config, with the twin's source of weights and the names that its parameters have."""
-    config = {key: value for key, value in backbone.pretrained_cfg.items() if key not in _SOURCE}
+    config = {key: value for key, value in model.pretrained_cfg.items() if key not in _SOURCE}
     config.update((key, value) for key, value in cfg.to_dict().items() if key in (*_SOURCE, "architecture", "tag"))
     classifiers, first_convs = (_names(config.get(key)) for key in ("classifier", "first_conv"))
     config["classifier"] = (*(f"heads.{k}.fc" for k in range(len(model.heads))), *classifiers)

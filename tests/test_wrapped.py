@@ -307,7 +307,7 @@ def test_a_backbone_that_is_part_of_a_wrapped_network_is_refused(plain):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_scripted_backbone_is_refused():
-    with pytest.raises(ValueError, match="before torch.jit"):
+    with pytest.raises(ValueError, match="scripted, which fixes its code"):
         MultiExit(torch.jit.trace(backbone(), x()))
 
 

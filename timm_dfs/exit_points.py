@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .taps import last_called
+
 BATCH = 4  # of the probe; shrinks by one at each exit point
 
 
@@ -39,8 +41,8 @@ def _last_of_each(container: str) -> Callable[[nn.Module], list[str]]:
     """The last module of each numbered list, e.g. of ``blocks.0``, whose lists are never called themselves."""
 
     def find(backbone: nn.Module) -> list[str]:
-        lists = [name for name, module in backbone.named_modules() if re.fullmatch(container, name) and len(module)]
-        return [f"{name}.{len(backbone.get_submodule(name)) - 1}" for name in lists]
+        lists = [(name, list(module)) for name, module in backbone.named_modules() if re.fullmatch(container, name)]
+        return [f"{name}.{len(modules) - 1}" for name, modules in lists if modules]
 
     return find
 
@@ -112,8 +114,6 @@ def choose(backbone: nn.Module, exits: int | Sequence[str]) -> list[str]:
         raise ValueError(f"exits is {exits!r}; give how many, or the names of the modules after which they go.")
     if not exits:
         raise ValueError("exits is empty; give at least one module after which an early exit goes.")
-    if len(set(exits)) < len(exits):
-        raise ValueError(f"exits is {tuple(exits)}; give every module once.")
     modules = dict(backbone.named_modules())
     unknown = [name for name in exits if name not in modules or not name]
     if unknown:
@@ -121,6 +121,8 @@ def choose(backbone: nn.Module, exits: int | Sequence[str]) -> list[str]:
             f"{kind} has no module {', '.join(unknown)} for an exit. Its stages end with {', '.join(names)}; other "
             f"modules have names such as {', '.join(list(modules)[1:6])}."
         )
+    if len({last_called(modules[name]) for name in exits}) < len(exits):
+        raise ValueError(f"exits is {tuple(exits)}, with one place twice; give every module once.")
     return list(exits)
 
 

@@ -1,6 +1,7 @@
 """Heads that suit the features of timm's backbones: maps early in a pyramid, maps late in one, tokens."""
 
 import math
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm
@@ -44,12 +45,12 @@ def feature_head(
     """
     if kind not in KINDS:
         raise ValueError(f"head is {kind!r}; choose one of {', '.join(map(repr, KINDS))}.")
-    dd = dict(device=device, dtype=dtype)
+    dd: dict[str, Any] = dict(device=device, dtype=dtype)
     body: list[nn.Module] = []
     if point.layout == "NLC":
         if kind == "conv":
             raise ValueError(f"head is 'conv', but {point.module} puts out tokens; take 'linear' or 'auto'.")
-        body = [LayerNorm(point.channels, **dd), PoolTokens(prefix_tokens, pool_type == "token")]
+        body = [LayerNorm(point.channels, **dd), PoolTokens(prefix_tokens, pool_type)]
     elif point.layout == "NCL":
         body = [nn.Unflatten(2, (-1, 1))]
     elif point.layout == "NHWC":
@@ -63,10 +64,14 @@ def feature_head(
 class PoolTokens(nn.Module):
     """From tokens (B, L, C) to a map of one value (B, C, 1, 1): the first token, or the average of the image's."""
 
-    def __init__(self, prefix_tokens: int, first: bool):
+    def __init__(self, prefix_tokens: int, pool_type: str):
         super().__init__()
         self.prefix_tokens = prefix_tokens
-        self.first = first and prefix_tokens > 0
+        self.follow(pool_type)
+
+    def follow(self, pool_type: str) -> None:
+        """Pool as the backbone does."""
+        self.first = pool_type == "token" and self.prefix_tokens > 0
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         pooled = tokens[:, 0] if self.first else tokens[:, self.prefix_tokens :].mean(1)

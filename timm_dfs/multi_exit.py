@@ -223,7 +223,7 @@ class MultiExitModel(nn.Module):
 
     def pooled_widths(self) -> list[int]:
         """Width of what each exit's classifier reads, shallow to deep."""
-        return [head.num_features for head in self.heads]
+        return [head.num_features for head in self.heads]  # type: ignore[misc]
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """What is trained where the backbone is not."""

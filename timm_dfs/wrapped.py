@@ -9,7 +9,7 @@ from torch import nn
 
 from .equilibrium import balance
 from .exit_points import ELEMENT, choose, family, probe
-from .feature_heads import feature_head
+from .feature_heads import PoolTokens, feature_head
 from .heads import Classifiers, check_num_classes
 from .multi_exit import MultiExitModel, Reader, Visitor
 from .partition import Partition
@@ -48,13 +48,14 @@ class MultiExit(MultiExitModel):
         presets: dict[str, dict] | None = None,
     ):
         _check_backbone(backbone)
-        in_chans = getattr(backbone, "in_chans", None) or backbone.pretrained_cfg["input_size"][0]
-        super().__init__(backbone.num_classes, in_chans, drop_rate, beta, referencing, presets)
+        traits: Any = backbone  # timm's models have no class in common
+        in_chans = getattr(backbone, "in_chans", None) or traits.pretrained_cfg["input_size"][0]
+        super().__init__(traits.num_classes, in_chans, drop_rate, beta, referencing, presets)
         size = (in_chans, *_image_size(backbone))
         points, self.shrinks = probe(backbone, choose(backbone, exits), size)
         parameter = next(backbone.parameters())
-        self.backbone = backbone
-        self.pretrained_cfg = dict(backbone.pretrained_cfg)
+        self.backbone = traits
+        self.pretrained_cfg = dict(traits.pretrained_cfg)
         self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *size[1:])
         self.heads = nn.ModuleList(
             feature_head(
@@ -80,9 +81,12 @@ class MultiExit(MultiExitModel):
             last_called(modules[point.module]).register_forward_hook(
                 Tap(k, self.visit, ELEMENT.get(family(backbone), 0))
             )
-        self.num_features = backbone.num_features
+        self.num_features = traits.num_features
         self.head_hidden_size = self.pooled_widths()[-1]
-        self.train(backbone.training)
+        self.training = backbone.training  # the backbone's modules keep their own modes
+        self.heads.train(self.training)
+
+    backbone: Any
 
     @property
     def num_exits(self) -> int:
@@ -188,6 +192,9 @@ class MultiExit(MultiExitModel):
         check_num_classes(num_classes)
         self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
         super().reset_classifier(num_classes)
+        for module in self.heads.modules():
+            if isinstance(module, PoolTokens) and global_pool is not None:
+                module.follow(global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable and use_reentrant_ckpt():
@@ -200,7 +207,7 @@ class MultiExit(MultiExitModel):
         return {name: _below(pattern) for name, pattern in self.backbone.group_matcher(coarse=coarse).items()}
 
     def no_weight_decay(self) -> set[str]:
-        own = getattr(self.backbone, "no_weight_decay", set)()
+        own: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {f"backbone.{name}" for name in own}
 
 

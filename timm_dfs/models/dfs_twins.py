@@ -37,7 +37,7 @@ def _without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
 def _default_cfg(base: str) -> DefaultCfg:
     """The base's configs under the twin's name, with the weights that came with this installation, if any did."""
     ours = packaged_folder(PREFIX + base)
-    known = _model_default_cfgs.get(base)
+    known: Any = _model_default_cfgs.get(base)
     cfgs = {tag: _without_weights(cfg) for tag, cfg in known.cfgs.items()} if known else {"": PretrainedCfg()}
     tags = deque(known.tags) if known else deque([""])
     if ours is not None:
@@ -70,7 +70,9 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     """
     name = PREFIX + base
     if kwargs.pop("features_only", False):
-        return timm.create_model(base, pretrained=pretrained, features_only=True, **_bases_own(kwargs))
+        return timm.create_model(  # type: ignore[return-value]
+            base, pretrained=pretrained, features_only=True, **_bases_own(kwargs)
+        )
     given_cfg, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(name, given_cfg, overlay)
     tag = given_cfg if isinstance(given_cfg, str) else None
@@ -84,18 +86,23 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     if exit_args.get("beta") == JOINT:
         exit_args["beta"] = None
     exit_args["drop_rate"] = exit_args.pop("exit_drop_rate", kwargs.get("drop_rate", 0.0))
-    from_base, base_overlay = pretrained and not trained, None
-    if pretrained and cfg.file and not _has_exits(state_dict := load_state_dict(str(cfg.file))):
-        from_base, base_overlay = True, _fitting(state_dict, cfg, overlay or dict(file=cfg.file), kwargs)
-    backbone = timm.create_model(
+    from_base = pretrained and not trained
+    base_overlay = {key: value for key, value in cfg.to_dict().items() if key not in (*_SOURCE, *_OF_TWIN)}
+    state_dict = _weights(cfg) if pretrained else None
+    if state_dict and not _has_exits(state_dict):
+        from_base = True
+        base_overlay.update(_fitting(state_dict, cfg, overlay or {}, kwargs))
+    backbone: Any = timm.create_model(
         f"{base}.{tag}" if tag and from_base else base,
         pretrained=from_base,
         pretrained_cfg_overlay=base_overlay,
         **kwargs,
     )
+    if from_base and state_dict and not _fingerprints(state_dict) & _fingerprints(backbone.state_dict()):
+        raise ValueError(f"The weights from {cfg.file or 'the given state dict'} are none of {name}'s or {base}'s.")
     if "img_size" in kwargs:
         backbone.pretrained_cfg["input_size"] = (3, *to_2tuple(kwargs["img_size"]))
-    exits = exit_args.pop("exits", None) or min(EXITS, len(stages(backbone)))
+    exits = exit_args.pop("exits", min(EXITS, len(stages(backbone))))
     model = MultiExit(backbone, exits, **exit_args)
     model.pretrained_cfg = _config(cfg, model)
     if from_base:
@@ -135,6 +142,8 @@ def _config(cfg: PretrainedCfg, model: MultiExit) -> dict[str, Any]:
     return config
 
 
+_OF_TWIN = ("architecture", "tag", "classifier", "first_conv")
+
 _SOURCE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 
 
@@ -142,10 +151,22 @@ def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(f"backbone.{name}" for name in ([value] if isinstance(value, str) else value or ()))
 
 
+def _weights(cfg: PretrainedCfg) -> dict[str, Any] | None:
+    """Those at hand: a published model's are its own, exits included."""
+    if cfg.source in ("hf-hub", "local-dir"):
+        return None
+    return cfg.state_dict or (load_state_dict(str(cfg.file)) if cfg.file else None)
+
+
 def _has_exits(state_dict: dict[str, Any]) -> bool:
     return any(key.startswith(("heads.0.", "middle_heads.0.")) for key in state_dict) and any(
         key.startswith(("backbone.", "backbone_model.")) for key in state_dict
     )
+
+
+def _fingerprints(state_dict: dict[str, Any]) -> set[tuple[int, float]]:
+    """What tells whether weights are the same, whatever they are called: timm renames, and ignores what is foreign."""
+    return {(value.numel(), round(value.double().sum().item(), 3)) for value in state_dict.values() if value.ndim > 1}
 
 
 def _fitting(
@@ -172,7 +193,7 @@ def _checked(state_dict: dict[str, Any], model: MultiExit, config: dict[str, Any
 
 def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The keys of the official ViT wrapper; of a block that it has twice, ``blocks.*`` is the one it runs."""
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for key, value in state_dict.items():
         if key.startswith("backbone_model."):
             renamed.setdefault("backbone." + key.removeprefix("backbone_model."), value)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import timm_dfs
+from timm_dfs.models.dfs_twins import BASES
 
 CLASSES = 5
 
@@ -26,6 +27,8 @@ def tiny_vgg(**kwargs):
     settings = dict(depths=(1, 2), widths=(6, 8), num_classes=CLASSES)
     return timm.create_model("dfs_vgg7_cifar100", **dict(settings, **kwargs))
 
+
+NATIVE = {name for name in timm.list_models("dfs_*") if name.removeprefix("dfs_") not in BASES}
 
 TINY = {"msdnet": tiny_msdnet, "resnet": tiny_resnet, "vgg": tiny_vgg}
 

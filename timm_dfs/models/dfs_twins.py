@@ -210,9 +210,10 @@ def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-_BASES = [name for name in timm.list_models() if not name.startswith(PREFIX)]
+BASES = tuple(name for name in timm.list_models() if not name.startswith(PREFIX))
+"""timm's architectures."""
 
-default_cfgs = {PREFIX + base: _default_cfg(base) for base in _BASES}
+default_cfgs = {PREFIX + base: _default_cfg(base) for base in BASES}
 
-for _base in _BASES:
+for _base in BASES:
     globals()[PREFIX + _base] = register_model(_entrypoint(_base))

@@ -82,7 +82,7 @@ class Tap:
         arrive = self.visit.current
         if arrive is None:
             return None
-        if isinstance(output, torch.Tensor):
+        if not isinstance(output, (list, tuple)):  # a tensor, or FX's stand-in for one
             return arrive(self.exit_index, output)[0]
         onward, rows = arrive(self.exit_index, output[self.element])
         parts = [part[rows] if rows is not None and isinstance(part, torch.Tensor) else part for part in output]

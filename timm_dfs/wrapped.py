@@ -81,12 +81,18 @@ class MultiExit(MultiExitModel):
             last_called(modules[point.module]).register_forward_hook(
                 Tap(k, self.visit, ELEMENT.get(family(backbone), 0))
             )
+        self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
         self.num_features = traits.num_features
         self.head_hidden_size = self.pooled_widths()[-1]
         self.training = backbone.training  # the backbone's modules keep their own modes
         self.heads.train(self.training)
 
     backbone: Any
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's older name of ``pretrained_cfg``."""
+        return self.pretrained_cfg
 
     @property
     def num_exits(self) -> int:

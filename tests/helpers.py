@@ -6,7 +6,8 @@ import timm
 import torch
 from torch import nn
 
-import timm_dfs  # noqa: F401  registers the models
+import timm_dfs
+from timm_dfs.models.dfs_twins import BASES
 
 CLASSES = 5
 
@@ -26,6 +27,8 @@ def tiny_vgg(**kwargs):
     settings = dict(depths=(1, 2), widths=(6, 8), num_classes=CLASSES)
     return timm.create_model("dfs_vgg7_cifar100", **dict(settings, **kwargs))
 
+
+NATIVE = {name for name in timm.list_models("dfs_*") if name.removeprefix("dfs_") not in BASES}
 
 TINY = {"msdnet": tiny_msdnet, "resnet": tiny_resnet, "vgg": tiny_vgg}
 
@@ -81,3 +84,28 @@ def cells(model):
 
 def module_modes(model):
     return {name: module.training for name, module in model.named_modules()}
+
+
+# Backbones of timm's, small ones, by how their features lie.
+SMALL_SWIN = dict(img_size=64, window_size=2, embed_dim=16, depths=(1, 1, 2), num_heads=(1, 1, 2))
+SMALL_TNT = dict(img_size=64, depth=4, embed_dim=48, inner_dim=12, num_heads_outer=4)
+BACKBONES = {
+    "NCHW": ("test_resnet", {}),
+    "NHWC": ("swin_tiny_patch4_window7_224", SMALL_SWIN),
+    "NLC": ("test_vit", dict(img_size=64)),
+    "unshrinkable": ("tnt_s_patch16_224", SMALL_TNT),
+}
+
+
+def backbone(layout="NCHW", **kwargs):
+    name, settings = BACKBONES[layout]
+    return timm.create_model(name, **dict(settings, num_classes=CLASSES, **kwargs))
+
+
+def wrapped(layout="NCHW", exits=3, **kwargs):
+    return timm_dfs.MultiExit(backbone(layout), exits, **kwargs)
+
+
+def twin(layout="NCHW", **kwargs):
+    name, settings = BACKBONES[layout]
+    return timm.create_model(f"dfs_{name}", **{**settings, "num_classes": CLASSES, "exits": 3, **kwargs})

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import NATIVE
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from timm_dfs.cli import app
+from timm_dfs.models.dfs_twins import BASES
 
 VGG_THRESHOLDS = "0.5,0.5,0.5,0.5,0.5,0"
 
@@ -65,9 +67,22 @@ def pictures(tmp_path_factory):
 
 def test_list_names_every_model_and_says_which_have_weights():
     rows = run_json("list")
-    assert [row["name"] for row in rows] == timm.list_models("dfs_*")
+    assert {row["name"] for row in rows} == {*NATIVE, *timm.list_pretrained("dfs_*")}
     assert {row["name"] for row in rows if row["weights"]} == set(timm.list_pretrained("dfs_*"))
-    assert "dfs_vgg16_imagenet" in run("list").stdout
+    shown = run("list").stdout
+    assert "dfs_vgg16_imagenet" in shown
+    assert f"a dfs_ twin of each of timm's {len(BASES)} architectures" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("pattern", ["dfs_resnet1*", "dfs_vgg*", "dfs_test_vit", "*test_vit"])
+def test_list_takes_a_pattern_and_names_twins_too(pattern):
+    names = [row["name"] for row in run_json("list", pattern)]
+    assert names == [name for name in timm.list_models(pattern) if name.startswith("dfs_")] != []
+    assert names[0] in run("list", pattern).stdout
+
+
+def test_a_pattern_that_nothing_fits_gets_one_line():
+    assert_one_line(run("list", "dfs_foo*"), "dfs_foo*", "timm-dfs list")
 
 
 def test_info_describes_each_exit():

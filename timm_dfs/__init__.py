@@ -11,6 +11,7 @@ from .multi_exit import MultiExitModel
 from .objective import Objective
 from .partition import Partition
 from .policy import ExitPolicy
+from .wrapped import MultiExit
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "ExitPolicy",
     "ExitsLoss",
     "GradientConflict",
+    "MultiExit",
     "MultiExitModel",
     "Objective",
     "Partition",

@@ -8,6 +8,12 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 
+def check_num_classes(num_classes: int) -> None:
+    """Raise ``ValueError`` if the number of classes is negative."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes is {num_classes}; give 0 for features or a positive number of classes.")
+
+
 class Classifiers(tuple[nn.Module, ...]):
     """The classifiers of all exits, with ``weight`` and ``bias`` for what sets one classifier's.
 
@@ -96,8 +102,7 @@ class ExitHead(nn.Module):
         Raises:
             ValueError: If ``num_classes`` is negative.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}; give 0 for features or a positive number of classes.")
+        check_num_classes(num_classes)
         if pool_type is not None:
             self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         self.fc: nn.Module = (

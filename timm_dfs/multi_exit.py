@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from timm.layers import is_scriptable, use_reentrant_ckpt
@@ -93,7 +94,7 @@ class MultiExitModel(nn.Module):
         if objective.train_backbone != self.objective.train_backbone:
             for parameter in self.parameters():
                 parameter.requires_grad = objective.train_backbone
-            for parameter in self.heads.parameters():
+            for parameter in self.head_parameters():
                 parameter.requires_grad = True
         self.objective = objective
         self._fit_adapters()
@@ -104,7 +105,7 @@ class MultiExitModel(nn.Module):
         if self.objective.distill_feature_weight == 0:
             self.adapters = None
             return
-        widths = [head.num_features for head in self.heads]
+        widths = self.pooled_widths()
         if self.adapters is None or [(a.in_features, a.out_features) for a in self.adapters] != [
             (width, widths[-1]) for width in widths[:-1]
         ]:
@@ -182,12 +183,9 @@ class MultiExitModel(nn.Module):
         Raises:
             ValueError: If ``exits`` names an exit that the network does not have.
         """
+        exits, deepest = self.exits_to_visit(exits)
         last = self.num_exits - 1
-        exits = range(self.num_exits) if exits is None else exits
-        deepest = max(exits, default=last)
-        if deepest > last or min(exits, default=0) < 0:
-            raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
-        read = read or self._answer
+        read = read or self.answer
         balanced = self.objective.gradient_equilibrium and torch.is_grad_enabled()
         state = self.start(x)
         for k in range(deepest + 1):
@@ -205,8 +203,32 @@ class MultiExitModel(nn.Module):
                     state = [tensor[rows] for tensor in state]
         return state
 
-    def _answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+    def exits_to_visit(self, exits: Collection[int] | None) -> tuple[Collection[int], int]:
+        """The exits that a walk visits, and the deepest exit point it gets to."""
+        last = self.num_exits - 1
+        exits = range(self.num_exits) if exits is None else exits
+        deepest = max(exits, default=last)
+        if deepest > last or min(exits, default=0) < 0:
+            raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
+        return exits, deepest
+
+    def answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+        """An exit's logits (B, num_classes) from the feature that its partition gives it."""
         return self.heads[exit_index](feature)
+
+    def pool_and_answer(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`answer`, and before it what an exit's classifier reads (B, width)."""
+        head = self.heads[exit_index]
+        pooled = head.pool_and_classify(head.body(feature), pre_logits=True)
+        return pooled, head.fc(pooled)
+
+    def pooled_widths(self) -> list[int]:
+        """Width of what each exit's classifier reads, shallow to deep."""
+        return [head.num_features for head in self.heads]  # type: ignore[misc]
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained where the backbone is not."""
+        return self.heads.parameters()
 
     def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of all E exits for images (B, in_chans, H, W): E tensors (B, num_classes), shallow to deep."""
@@ -236,9 +258,9 @@ class MultiExitModel(nn.Module):
         logits: list[torch.Tensor] = []
 
         def read(exit_index: int, feature: torch.Tensor) -> torch.Tensor:
-            head = self.heads[exit_index]
-            features.append(head.pool_and_classify(head.body(feature), pre_logits=True))
-            return head.fc(features[-1])
+            pooled, answer = self.pool_and_answer(exit_index, feature)
+            features.append(pooled)
+            return answer
 
         self.walk(x, lambda _, answer: logits.append(answer), read=read)
         teacher = features.pop().detach().float()
@@ -268,7 +290,7 @@ class MultiExitModel(nn.Module):
         reference = next(self.parameters())
         for head in self.heads:
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
-        self.head_hidden_size = self.heads[-1].num_features  # type: ignore[assignment]
+        self.head_hidden_size = self.pooled_widths()[-1]
         self.num_classes = num_classes
         self._fit_adapters()
         self.drop_presets(self.presets, "the classifiers they were fitted to are gone")
@@ -293,14 +315,18 @@ class MultiExitModel(nn.Module):
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
+    @staticmethod
+    def refuse_reentrant() -> NoReturn:
+        raise ValueError(
+            "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and frozen "
+            "layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
+        )
+
     def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             if use_reentrant_ckpt():
-                raise ValueError(
-                    "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and "
-                    "frozen layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
-                )
+                self.refuse_reentrant()
             return checkpoint(module, *inputs)
         return module(*inputs)
 

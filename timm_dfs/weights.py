@@ -102,7 +102,7 @@ def build_model(
     def checked_filter_fn(state_dict: dict, model: Model) -> dict:
         state_dict = filter_fn(state_dict, model)
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith("adapters.")}
-        _check_keys(state_dict, model, source)
+        check_keys(state_dict, model, source)
         classifier = state_dict.get(f"{classifiers[-1]}.weight")
         if classifier is not None and len(classifier) == model.num_classes and model.pretrained_cfg["num_classes"] > 0:
             # A fine-tuned checkpoint has our classes, whatever the config says: timm keeps its classifiers. A negative
@@ -132,7 +132,7 @@ def build_model(
             "(nothing else is unpickled) that was saved by this model or by the official code for it."
         ) from error
     if isinstance(model, MultiExitModel):  # features_only wraps it
-        _check_presets(model, kwargs.get("pretrained_model_args") or {})
+        check_presets(model, kwargs.get("pretrained_model_args") or {})
         model.train_for(objective)
     return model
 
@@ -146,7 +146,7 @@ def _source(cfg: PretrainedCfg) -> str:
     return str(cfg.file or cfg.hf_hub_id or cfg.url or "")
 
 
-def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
+def check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
     optional = {f"{name}.{part}" for name in model.pretrained_cfg["classifier"] for part in ("weight", "bias")}
     if model.num_classes > 0:  # without classes, those of the checkpoint are let go
         optional = set()
@@ -164,7 +164,7 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
         )
 
 
-def _check_presets(model: MultiExitModel, trained: dict) -> None:
+def check_presets(model: MultiExitModel, trained: dict) -> None:
     """Drop presets that came with weights, whose ``model_args`` are ``trained``, where the model is another now."""
     changes = [
         what

@@ -8,14 +8,27 @@ import typer
 from timm.models import is_model_pretrained
 
 from ..flops import exit_flops, last_exit_flops
+from ..models.dfs_twins import BASES, PREFIX
 from .base import SOURCES, AsJson, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
 
 
 @command("list")
-def list_models(as_json: AsJson = False) -> None:
-    """The models there are, and which come with trained weights."""
+def list_models(
+    pattern: Annotated[str | None, typer.Argument(help="Only these, e.g. 'dfs_resnet*'; twins included.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The models there are, and which come with trained weights.
+
+    Without a pattern, twins of timm's architectures are left out unless they have trained exits.
+    """
+    twins = {f"{PREFIX}{base}" for base in BASES}
+    names = [name for name in timm.list_models(pattern or f"{PREFIX}*") if name.startswith(PREFIX)]
+    if pattern is None:
+        names = [name for name in names if name not in twins or is_model_pretrained(name)]
+    if not names:
+        raise ValueError(f"No model is called {pattern}; 'timm-dfs list' names some, '{PREFIX}*' is all of them.")
     rows: list[dict[str, Any]] = []
-    for name in timm.list_models("dfs_*"):
+    for name in names:
         cfg = timm.get_pretrained_cfg(name)
         rows.append(
             dict(name=name, weights=is_model_pretrained(name), classes=cfg.num_classes, input_size=cfg.input_size)
@@ -31,6 +44,8 @@ def list_models(as_json: AsJson = False) -> None:
             "×".join(map(str, row["input_size"])),
         )
     console.print(table)
+    if pattern is None:
+        console.print(f"and a {PREFIX} twin of each of timm's {len(twins)} architectures: timm-dfs list '{PREFIX}*'")
 
 
 @command("info")

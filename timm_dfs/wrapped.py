@@ -1,0 +1,256 @@
+"""Any backbone of timm's with exits."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple, use_reentrant_ckpt
+from torch import nn
+
+from .equilibrium import balance
+from .exit_points import ELEMENT, choose, family, probe
+from .feature_heads import PoolTokens, feature_head
+from .heads import Classifiers, check_num_classes
+from .multi_exit import MultiExitModel, Reader, Visitor
+from .partition import Partition
+from .taps import Stop, Tap, Visit, is_tapped, last_called
+
+
+class MultiExit(MultiExitModel):
+    """A backbone of timm's with partitioned early exits; its own end is the last exit.
+
+    The backbone stays whole, with its weights and its code: exits tap the outputs of its modules. In eval mode
+    ``forward`` is the backbone's own.
+
+    Args:
+        backbone: A model of timm's, with its weights.
+        exits: How many exits, the last included, evenly spread over the backbone's stages; or the names of the modules
+            after which the early exits go, shallow to deep.
+        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
+        head: ``"auto"``, ``"linear"`` or ``"conv"``, see :func:`timm_dfs.feature_heads.feature_head`.
+        drop_rate: Dropout before the early exits' classifiers.
+        presets: Named operating points fitted to these weights.
+
+    Raises:
+        ValueError: If the backbone is none of timm's or has exits already, an exit cannot be where it is wanted, or
+            another value is outside what is said above.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        exits: int | Sequence[str] = 4,
+        beta: float | None = 0.5,
+        referencing: str = "two_sided",
+        head: str = "auto",
+        drop_rate: float = 0.0,
+        presets: dict[str, dict] | None = None,
+    ):
+        _check_backbone(backbone)
+        traits: Any = backbone  # timm's models have no class in common
+        in_chans = getattr(backbone, "in_chans", None) or traits.pretrained_cfg["input_size"][0]
+        super().__init__(traits.num_classes, in_chans, drop_rate, beta, referencing, presets)
+        size = (in_chans, *_image_size(backbone))
+        points, self.shrinks = probe(backbone, choose(backbone, exits), size)
+        parameter = next(backbone.parameters())
+        self.backbone = traits
+        self.pretrained_cfg = dict(traits.pretrained_cfg)
+        self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *size[1:])
+        self.heads = nn.ModuleList(
+            feature_head(
+                head,
+                point,
+                self.num_classes,
+                getattr(backbone, "num_prefix_tokens", 0),
+                getattr(backbone, "global_pool", "avg"),
+                drop_rate,
+                parameter.device,
+                parameter.dtype,
+            )
+            for point in points
+        )
+        self.partitions = nn.ModuleList(Partition(point.channels, beta, referencing, point.dim) for point in points)
+        self.feature_info = [
+            dict(module=f"backbone.{point.module}", num_chs=point.channels, reduction=point.reduction)
+            for point in points
+        ]
+        self.visit = Visit(self._replay)
+        modules = dict(backbone.named_modules())
+        for k, point in enumerate(points):
+            last_called(modules[point.module]).register_forward_hook(
+                Tap(k, self.visit, ELEMENT.get(family(backbone), 0))
+            )
+        self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
+        self.num_features = traits.num_features
+        self.head_hidden_size = self.pooled_widths()[-1]
+        self.training = backbone.training  # the backbone's modules keep their own modes
+        self.heads.train(self.training)
+
+    backbone: Any
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's older name of ``pretrained_cfg``."""
+        return self.pretrained_cfg
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.heads) + 1
+
+    def walk(
+        self,
+        x: torch.Tensor,
+        visit: Visitor,
+        exits: Collection[int] | None = None,
+        read: Reader | None = None,
+    ) -> list[torch.Tensor]:
+        exits, deepest = self.exits_to_visit(exits)
+        if self.grad_checkpointing and torch.is_grad_enabled() and use_reentrant_ckpt():
+            self.refuse_reentrant()
+        read = read or self.answer
+        last = self.num_exits - 1
+        state: list[torch.Tensor] = []
+        here: torch.Tensor | None = None  # rows that have not left a batch that cannot get smaller
+
+        def arrive(k: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            nonlocal here
+            if k > deepest:  # tracing cannot stop on the way; it drops what nothing came of
+                return feature, None
+            state[:] = [feature]
+            onward, exit_feature = self._split(k, feature)
+            rows = None
+            if k in exits:
+                rows = visit(k, read(k, exit_feature if here is None else exit_feature[here]))
+                if rows is not None and rows.numel() == 0:
+                    raise Stop
+            if k == deepest and not torch.jit.is_tracing():
+                raise Stop
+            if rows is None:
+                return onward, None
+            if self.shrinks:
+                return onward[rows], rows
+            here = rows if here is None else here[rows]
+            return onward, None
+
+        try:
+            with self.visit.by(arrive):
+                feature = self.backbone.forward_features(x)
+        except Stop:
+            return state
+        if deepest == last:
+            state[:] = [feature]
+        if last in exits:
+            logits = read(last, feature)
+            visit(last, logits if here is None else logits[here])
+        return state
+
+    def _split(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The feature for the deeper layers and for the exit."""
+        onward, exit_feature = self.partitions[exit_index](feature)
+        if self.objective.gradient_equilibrium and torch.is_grad_enabled():
+            onward, exit_feature = balance(onward, exit_feature, self.num_exits - exit_index)
+        return onward, exit_feature
+
+    def _replay(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """What happened at an exit point in training, for gradient checkpointing, which does it again."""
+        onward, exit_feature = self._split(exit_index, feature)
+        self.heads[exit_index](exit_feature)
+        return onward, None
+
+    def answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+        if exit_index < len(self.heads):
+            return self.heads[exit_index](feature)
+        return self.backbone.forward_head(feature)
+
+    def pool_and_answer(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if exit_index < len(self.heads):
+            return super().pool_and_answer(exit_index, feature)
+        return self.backbone.forward_head(feature, pre_logits=True), self.backbone.forward_head(feature)
+
+    def pooled_widths(self) -> list[int]:
+        return [*super().pooled_widths(), getattr(self.backbone, "head_hidden_size", self.backbone.num_features)]
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        yield from super().head_parameters()
+        for classifier in self.get_classifier()[len(self.heads) :]:
+            yield from classifier.parameters()
+
+    # timm's verbs.
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return super().forward(x) if self.training else self.backbone(x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone.forward_features(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.forward_intermediates(x, *args, **kwargs)
+
+    def get_classifier(self) -> Classifiers:
+        own = self.backbone.get_classifier()
+        return Classifiers([*super().get_classifier(), *(own if isinstance(own, (tuple, list)) else (own,))])
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        check_num_classes(num_classes)
+        self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+        super().reset_classifier(num_classes)
+        for module in self.heads.modules():
+            if isinstance(module, PoolTokens) and global_pool is not None:
+                module.follow(global_pool)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable and use_reentrant_ckpt():
+            self.refuse_reentrant()
+        self.backbone.set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """The backbone's groups; heads are in the last one."""
+        return {name: _below(pattern) for name, pattern in self.backbone.group_matcher(coarse=coarse).items()}
+
+    def no_weight_decay(self) -> set[str]:
+        own: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in own}
+
+
+def _below(pattern: Any) -> Any:
+    """A pattern of the backbone's parameter names as one of the whole network's."""
+    if isinstance(pattern, str):
+        return r"^backbone\." + pattern.removeprefix("^")
+    return [(_below(first), *rest) for first, *rest in pattern]
+
+
+def _image_size(backbone: nn.Module) -> tuple[int, int]:
+    """What the backbone was built for, or its pretrained config's."""
+    sizes = (getattr(module, "img_size", None) for module in backbone.modules())
+    return to_2tuple(next((size for size in sizes if size is not None), backbone.pretrained_cfg["input_size"][1:]))
+
+
+def _check_backbone(backbone: nn.Module) -> None:
+    kind = type(backbone).__name__
+    if isinstance(backbone, MultiExitModel):
+        raise ValueError(f"{kind} has exits already; give the backbone alone.")
+    if isinstance(backbone, nn.Module) and is_tapped(backbone):
+        raise ValueError(f"{kind} has exits already: it is the backbone of a MultiExit; give another instance.")
+    if isinstance(backbone, torch.jit.ScriptModule):
+        raise ValueError(f"{kind} is scripted, which fixes its code; give the model before torch.jit.")
+    missing = [
+        name
+        for name in (
+            "forward_features",
+            "forward_head",
+            "get_classifier",
+            "reset_classifier",
+            "num_classes",
+            "pretrained_cfg",
+        )
+        if not hasattr(backbone, name)
+    ]
+    if missing:
+        raise ValueError(
+            f"{kind} has no {', '.join(missing)}, so it is no model of timm's; make it with timm.create_model."
+        )

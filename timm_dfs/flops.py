@@ -19,7 +19,7 @@ FREE_OPERATORS = frozenset(
     max_pool2d avg_pool2d adaptive_max_pool2d
     cat stack copy_ clone contiguous zeros zeros_like ones ones_like empty full full_like arange fill_
     index index_select gather where masked_fill roll pad constant_pad_nd repeat repeat_interleave expand expand_as
-    feature_dropout dropout eq ne lt le gt ge bitwise_not logical_not detach alias lift_fresh
+    feature_dropout dropout dropout_ im2col eq ne lt le gt ge bitwise_not logical_not detach alias lift_fresh
     """.split()
 )
 

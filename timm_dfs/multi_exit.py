@@ -153,6 +153,11 @@ class MultiExitModel(nn.Module):
     # The walk.
 
     @property
+    def pool_type(self) -> str | None:
+        """timm's name of the heads' pooling, if that is an argument."""
+        return str(self.heads[-1].pool.pool_type)
+
+    @property
     def num_exits(self) -> int:
         return len(self.heads)
 

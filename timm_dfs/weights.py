@@ -175,7 +175,7 @@ def check_presets(model: MultiExitModel, trained: dict) -> None:
                 any(len(preset["thresholds"]) != model.num_exits for preset in trained.get("presets", {}).values()),
             ),
             ("values", (model.referencing == "off") != (trained.get("referencing", model.referencing) == "off")),
-            ("pooling", model.heads[-1].pool.pool_type != trained.get("global_pool", "avg")),
+            ("pooling", model.pool_type not in (None, trained.get("global_pool", "avg"))),
         )
         if changed
     ]

@@ -112,9 +112,11 @@ class MultiExit(MultiExitModel):
         last = self.num_exits - 1
         state: list[torch.Tensor] = []
         here: torch.Tensor | None = None  # rows that have not left a batch that cannot get smaller
+        points = 0
 
         def arrive(k: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            nonlocal here
+            nonlocal here, points
+            points += 1
             if k > deepest:  # tracing cannot stop on the way; it drops what nothing came of
                 return feature, None
             state[:] = [feature]
@@ -138,6 +140,11 @@ class MultiExit(MultiExitModel):
                 feature = self.backbone.forward_features(x)
         except Stop:
             return state
+        if points < len(self.heads):
+            raise RuntimeError(
+                f"This forward pass of {type(self.backbone).__name__} called {points} of {len(self.heads)} exit "
+                "points; the others' answers would be missing. Take other modules as exits."
+            )
         if deepest == last:
             state[:] = [feature]
         if last in exits:
@@ -175,6 +182,8 @@ class MultiExit(MultiExitModel):
         yield from super().head_parameters()
         for classifier in self.get_classifier()[len(self.heads) :]:
             yield from classifier.parameters()
+
+    pool_type = None  # the backbone's own affair
 
     # timm's verbs.
 

@@ -4,7 +4,7 @@
 
 Every method trains the same network from the same weights on the same batches with the same schedule; methods take
 turns step by step, so that what disturbs one disturbs all. Accuracy is measured on the last 5,000 training images,
-which are held out; conflict on 512 of them, after training. Means ± standard deviations are over seeds. Needs the
+which are held out; conflict on 500 of them, after training. Means ± standard deviations are over seeds. Needs the
 extras data and aggregation.
 """
 

@@ -4,7 +4,6 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 import torch
 from timm.layers import is_scriptable, use_reentrant_ckpt
@@ -15,7 +14,7 @@ from .equilibrium import balance
 from .factory import JOINT
 from .heads import Classifiers, ExitHead
 from .objective import SETTINGS, Objective
-from .partition import Partition, PartitionedConv2d, check_beta, check_referencing
+from .partition import Onward, Partition, PartitionedConv2d, check_beta, check_referencing
 
 # What these do depends on the gradient mode, which FX cannot trace.
 register_notrace_module(Partition)
@@ -191,15 +190,11 @@ class MultiExitModel(nn.Module):
         exits, deepest = self.exits_to_visit(exits)
         last = self.num_exits - 1
         read = read or self.answer
-        balanced = self.objective.gradient_equilibrium and torch.is_grad_enabled()
         state = self.start(x)
         for k in range(deepest + 1):
             state = self.advance(state, k)
-            averaged = self.heads[k].averages
-            onward, feature = self.partitions[k](state[0], averaged) if k < last else (state[0], state[0])
-            if balanced:
-                onward, feature = balance(onward, feature, self.num_exits - k)
-            state = [onward, *state[1:]]
+            onward, feature = self.split(k, state[0]) if k < last else (state[0], state[0])
+            state = [onward, *state[1:]]  # type: ignore[list-item]  # parts only where takes_parts says so
             if k in exits:
                 rows = visit(k, read(k, feature))
                 if rows is not None:
@@ -207,6 +202,13 @@ class MultiExitModel(nn.Module):
                         break
                     state = [tensor[rows] for tensor in state]
         return state
+
+    def split(self, exit_index: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor]:
+        """What an early exit's feature is for the deeper layers, and for the exit's head."""
+        onward, exit_feature = self.partitions[exit_index](feature, self.heads[exit_index].averages)
+        if self.objective.gradient_equilibrium and torch.is_grad_enabled():
+            onward, exit_feature = balance(onward, exit_feature, self.num_exits - exit_index)
+        return onward, exit_feature
 
     def exits_to_visit(self, exits: Collection[int] | None) -> tuple[Collection[int], int]:
         """The exits that a walk visits, and the deepest exit point it gets to."""
@@ -320,20 +322,21 @@ class MultiExitModel(nn.Module):
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    @staticmethod
-    def refuse_reentrant() -> NoReturn:
+    def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            refuse_reentrant()
+            return checkpoint(module, *inputs)
+        return module(*inputs)
+
+
+def refuse_reentrant() -> None:
+    """Raise ``ValueError`` if timm's gradient checkpointing is set to lose gradients."""
+    if use_reentrant_ckpt():
         raise ValueError(
             "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and frozen "
             "layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
         )
-
-    def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            if use_reentrant_ckpt():
-                self.refuse_reentrant()
-            return checkpoint(module, *inputs)
-        return module(*inputs)
 
 
 def _without_strange_adapters(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-Arrival = Callable[[int, torch.Tensor], tuple[torch.Tensor, "torch.Tensor | None"]]
+from .partition import Onward
+
+Arrival = Callable[[int, torch.Tensor], tuple[Onward, "torch.Tensor | None"]]
 """Called as ``arrive(exit_index, feature)`` at an exit point; returns what goes on to the deeper layers in its place,
 and which rows of the batch that is (``None``: all)."""
 

@@ -28,12 +28,21 @@ Model = TypeVar("Model", bound=MultiExitModel)
 _PACKAGE = Path(__file__).parent
 
 
+def _hubs() -> tuple[Path, Path]:
+    return _PACKAGE / "hub", _PACKAGE.parent / "hub"  # in a wheel; in a checkout
+
+
 def packaged_folder(name: str) -> Path | None:
     """Folder with the weights that came with this installation under a model's name; ``None`` if none did."""
-    for hub in (_PACKAGE / "hub", _PACKAGE.parent / "hub"):  # in a wheel; in a checkout
+    for hub in _hubs():
         if (hub / name / WEIGHTS_FILE).is_file() and (hub / name / CONFIG_FILE).is_file():
             return hub / name
     return None
+
+
+def packaged_names() -> set[str]:
+    """Names of the models with weights in this installation."""
+    return {folder.name for hub in _hubs() if hub.is_dir() for folder in hub.iterdir() if packaged_folder(folder.name)}
 
 
 def pretrained_cfgs(cfgs: dict[str, dict]) -> dict[str, DefaultCfg]:
@@ -101,14 +110,7 @@ def build_model(
 
     def checked_filter_fn(state_dict: dict, model: Model) -> dict:
         state_dict = filter_fn(state_dict, model)
-        state_dict = {key: value for key, value in state_dict.items() if not key.startswith("adapters.")}
-        check_keys(state_dict, model, source)
-        classifier = state_dict.get(f"{classifiers[-1]}.weight")
-        if classifier is not None and len(classifier) == model.num_classes and model.pretrained_cfg["num_classes"] > 0:
-            # A fine-tuned checkpoint has our classes, whatever the config says: timm keeps its classifiers. A negative
-            # number in the config is train.py's way to have fresh ones.
-            model.pretrained_cfg["num_classes"] = model.num_classes
-        return state_dict
+        return fit_checkpoint(state_dict, model, model.pretrained_cfg, source)
 
     try:
         model = build_model_with_cfg(
@@ -146,7 +148,29 @@ def _source(cfg: PretrainedCfg) -> str:
     return str(cfg.file or cfg.hf_hub_id or cfg.url or "")
 
 
-def check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
+def fit_checkpoint(state_dict: dict, model: MultiExitModel, config: dict, source: str) -> dict:
+    """A checkpoint of ours as timm is to load it: complete, without adapters, its classes kept if they are the model's.
+
+    Args:
+        state_dict: The checkpoint, its keys ours.
+        model: The model to load it into.
+        config: The pretrained config that timm loads by; corrected in place.
+        source: Where it is from, for errors.
+
+    Raises:
+        ValueError: If keys are missing or unknown.
+    """
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith("adapters.")}
+    _check_keys(state_dict, model, source)
+    classifier = state_dict.get(f"{config['classifier'][-1]}.weight")
+    if classifier is not None and len(classifier) == model.num_classes and config["num_classes"] > 0:
+        # A fine-tuned checkpoint has our classes, whatever the config says: timm keeps its classifiers. A negative
+        # number in the config is train.py's way to have fresh ones.
+        config["num_classes"] = model.num_classes
+    return state_dict
+
+
+def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
     optional = {f"{name}.{part}" for name in model.pretrained_cfg["classifier"] for part in ("weight", "bias")}
     if model.num_classes > 0:  # without classes, those of the checkpoint are let go
         optional = set()

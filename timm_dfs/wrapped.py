@@ -4,15 +4,14 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple, use_reentrant_ckpt
+from timm.layers import to_2tuple
 from torch import nn
 
-from .equilibrium import balance
 from .exit_points import ELEMENT, choose, family, probe
 from .feature_heads import PoolTokens, feature_head
 from .heads import Classifiers, check_num_classes
-from .multi_exit import MultiExitModel, Reader, Visitor
-from .partition import Partition
+from .multi_exit import MultiExitModel, Reader, Visitor, refuse_reentrant
+from .partition import Onward, Partition
 from .taps import Stop, Tap, Visit, is_tapped, last_called
 
 
@@ -106,21 +105,21 @@ class MultiExit(MultiExitModel):
         read: Reader | None = None,
     ) -> list[torch.Tensor]:
         exits, deepest = self.exits_to_visit(exits)
-        if self.grad_checkpointing and torch.is_grad_enabled() and use_reentrant_ckpt():
-            self.refuse_reentrant()
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            refuse_reentrant()
         read = read or self.answer
         last = self.num_exits - 1
         state: list[torch.Tensor] = []
         here: torch.Tensor | None = None  # rows that have not left a batch that cannot get smaller
         points = 0
 
-        def arrive(k: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def arrive(k: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor | None]:
             nonlocal here, points
             points += 1
             if k > deepest:  # tracing cannot stop on the way; it drops what nothing came of
                 return feature, None
             state[:] = [feature]
-            onward, exit_feature = self._split(k, feature)
+            onward, exit_feature = self.split(k, feature)
             rows = None
             if k in exits:
                 rows = visit(k, read(k, exit_feature if here is None else exit_feature[here]))
@@ -152,16 +151,9 @@ class MultiExit(MultiExitModel):
             visit(last, logits if here is None else logits[here])
         return state
 
-    def _split(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The feature for the deeper layers and for the exit."""
-        onward, exit_feature = self.partitions[exit_index](feature)
-        if self.objective.gradient_equilibrium and torch.is_grad_enabled():
-            onward, exit_feature = balance(onward, exit_feature, self.num_exits - exit_index)
-        return onward, exit_feature
-
-    def _replay(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def _replay(self, exit_index: int, feature: torch.Tensor) -> tuple[Onward, None]:
         """What happened at an exit point in training, for gradient checkpointing, which does it again."""
-        onward, exit_feature = self._split(exit_index, feature)
+        onward, exit_feature = self.split(exit_index, feature)
         self.heads[exit_index](exit_feature)
         return onward, None
 
@@ -212,8 +204,8 @@ class MultiExit(MultiExitModel):
                 module.follow(global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        if enable and use_reentrant_ckpt():
-            self.refuse_reentrant()
+        if enable:
+            refuse_reentrant()
         self.backbone.set_grad_checkpointing(enable)
         self.grad_checkpointing = enable
 

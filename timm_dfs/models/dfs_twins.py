@@ -18,7 +18,7 @@ from timm.models._registry import _model_default_cfgs
 from ..exit_points import stages
 from ..factory import JOINT
 from ..objective import take_settings
-from ..weights import check_keys, check_presets, packaged_folder, packaged_model_args
+from ..weights import WEIGHTS_FILE, check_presets, fit_checkpoint, packaged_folder, packaged_model_args, packaged_names
 from ..wrapped import MultiExit
 
 PREFIX = "dfs_"
@@ -36,12 +36,12 @@ def _without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
 
 def _default_cfg(base: str) -> DefaultCfg:
     """The base's configs under the twin's name, with the weights that came with this installation, if any did."""
-    ours = packaged_folder(PREFIX + base)
+    ours = packaged_folder(PREFIX + base) if PREFIX + base in _PACKAGED else None
     known: Any = _model_default_cfgs.get(base)
     cfgs = {tag: _without_weights(cfg) for tag, cfg in known.cfgs.items()} if known else {"": PretrainedCfg()}
     tags = deque(known.tags) if known else deque([""])
     if ours is not None:
-        cfgs[tags[0]] = replace(cfgs[tags[0]], file=str(ours / "model.safetensors"))
+        cfgs[tags[0]] = replace(cfgs[tags[0]], file=str(ours / WEIGHTS_FILE))
     return DefaultCfg(tags=tags, cfgs=cfgs, is_pretrained=ours is not None)
 
 
@@ -183,12 +183,8 @@ def _fitting(
 def _checked(state_dict: dict[str, Any], model: MultiExit, config: dict[str, Any]) -> dict[str, Any]:
     if any(key.startswith("backbone_model.") for key in state_dict):
         state_dict = _from_official(state_dict)
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith("adapters.")}
-    check_keys(state_dict, model, str(config.get("file") or config.get("hf_hub_id") or "the given state dict"))
-    classifier = state_dict.get(f"{config['classifier'][0]}.weight")
-    if classifier is not None and len(classifier) == model.num_classes and config["num_classes"] > 0:
-        config["num_classes"] = model.num_classes  # as in weights.build_model
-    return state_dict
+    source = str(config.get("file") or config.get("hf_hub_id") or "the given state dict")
+    return fit_checkpoint(state_dict, model, config, source)
 
 
 def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +208,8 @@ def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 BASES = tuple(name for name in timm.list_models() if not name.startswith(PREFIX))
 """timm's architectures."""
+
+_PACKAGED = packaged_names()  # once: to look for each folder is a quarter of the import
 
 default_cfgs = {PREFIX + base: _default_cfg(base) for base in BASES}
 

@@ -93,7 +93,7 @@ BACKBONES = {
     "NCHW": ("test_resnet", {}),
     "NHWC": ("swin_tiny_patch4_window7_224", SMALL_SWIN),
     "NLC": ("test_vit", dict(img_size=64)),
-    "unshrinkable": ("tnt_s_patch16_224", SMALL_TNT),
+    "pair": ("tnt_s_patch16_224", SMALL_TNT),  # a block puts out pixels, several rows a sample, and patches
 }
 
 

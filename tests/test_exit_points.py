@@ -136,7 +136,7 @@ def test_a_failed_attempt_leaves_no_hook_and_the_mode_behind():
 def test_layout_channels_and_reduction_are_those_of_the_feature(layout):
     inner = backbone(layout).eval()
     names = choose(inner, 3)
-    points, _ = probe(inner, names, (3, 64, 64))
+    points = probe(inner, names, (3, 64, 64))
     element, seen = ELEMENT.get(family(inner), 0), {}
     for name in names:
         inner.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output))
@@ -145,7 +145,7 @@ def test_layout_channels_and_reduction_are_those_of_the_feature(layout):
         feature = seen[point.module]
         feature = feature if isinstance(feature, torch.Tensor) else feature[element]
         assert feature.shape[point.dim] == point.channels
-        assert point.layout == {"unshrinkable": "NLC"}.get(layout, layout)
+        assert point.layout == {"pair": "NLC"}.get(layout, layout)
         if point.reduction:
             height = feature.shape[{"NCHW": 2, "NHWC": 1}[point.layout]]
             assert height == 64 // point.reduction
@@ -154,8 +154,8 @@ def test_layout_channels_and_reduction_are_those_of_the_feature(layout):
 
 def test_probing_computes_no_data_and_leaves_the_weights_alone():
     inner = timm.create_model("test_resnet", device="meta")
-    points, shrinks = probe(inner, ["layer1", "layer2"], (3, 64, 64))
-    assert shrinks and [point.channels for point in points] == [32, 48]
+    points = probe(inner, ["layer1", "layer2"], (3, 64, 64))
+    assert [point.channels for point in points] == [32, 48]
     real = backbone().train()
     before = {key: value.clone() for key, value in real.state_dict().items()}
     probe(real, ["layer1"], (3, 64, 64))
@@ -177,6 +177,8 @@ ADAPTED = {
     "crossvit": ("crossvit_tiny_240", ("blocks.0", "blocks.1")),
     "hrnet": ("hrnet_w18_small", ("layer1", "stage2", "stage3")),
     "mvitv2": ("mvitv2_tiny", ("stages.0", "stages.1", "stages.2")),
+    "nasnet": ("nasnetalarge", ("cell_stem_1", "cell_5", "cell_11")),
+    "pnasnet": ("pnasnet5large", ("cell_stem_1", "cell_3", "cell_7")),
     "tnt": ("tnt_s_patch16_224", ("blocks.2", "blocks.5", "blocks.8")),
     "twins": ("twins_pcpvt_small", ("blocks.0.2", "blocks.1.3", "blocks.2.5")),
 }

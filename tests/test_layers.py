@@ -10,8 +10,8 @@ import timm_dfs
 PACKAGE = Path(timm_dfs.__file__).parent
 
 LAYERS = (  # lowest first
-    {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps"},
-    {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "wrapped"},
+    {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"},
+    {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped"},
     {"weights", "models.*"},
     {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"},
     {"cli.*"},

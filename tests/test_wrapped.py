@@ -8,7 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from helpers import BACKBONES, CLASSES, backbone, images, module_modes, same_weights, settled, wrapped
+from helpers import (
+    BACKBONES,
+    CLASSES,
+    backbone,
+    images,
+    module_modes,
+    recorded_heads,
+    same_weights,
+    settled,
+    wrapped,
+)
 from timm.layers import set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
@@ -98,7 +108,7 @@ def test_every_parameter_gets_a_gradient(layout):
         for parameter in model.parameters():  # timm sets some to zero, so that others have no gradient
             parameter.add_(0.02 * torch.randn_like(parameter))
     missing = [name for name, gradient in gradients(model).items() if gradient is None or not gradient.any()]
-    dead = {"unshrinkable": 1}.get(layout, 0)  # the pixels' last projection of TNT reads what the tokens dropped
+    dead = {"pair": 1}.get(layout, 0)  # the pixels' last projection of TNT reads what the tokens dropped
     assert len(missing) <= dead, missing
 
 
@@ -231,8 +241,32 @@ def test_a_sample_gets_the_logits_of_the_exit_it_left_at(layout, plain):
     assert torch.allclose(prediction.logits, expected, atol=1e-4)
 
 
-def test_only_the_networks_whose_batch_cannot_shrink_compute_on(layout, plain):
-    assert plain[layout].shrinks == (layout != "unshrinkable")
+def test_the_batch_gets_smaller_with_every_exit_that_answers(layout, plain):
+    model, batch = plain[layout], x(8)
+    assert model.shrinks
+    prediction = predict(model, batch, policy := middling(model, batch))
+    with recorded_heads(model) as calls:
+        predict(model, batch, policy)
+    assert calls == {k: [int((prediction.exit_index >= k).sum())] for k in range(2)}
+
+
+@pytest.fixture
+def stubborn():
+    """A network that takes another batch size for other channels."""
+    inner = backbone().eval()
+    forward = inner.forward_features
+    inner.forward_features = lambda x: forward(x).reshape(len(x), -1, x.shape[2] // 32, x.shape[3] // 32)
+    return settled(MultiExit(inner, 3))
+
+
+@torch.no_grad()
+def test_where_the_batch_cannot_get_smaller_samples_that_left_are_computed_on(stubborn):
+    batch = x(8)
+    assert not stubborn.shrinks
+    prediction = predict(stubborn, batch, middling(stubborn, batch))
+    assert set(prediction.exit_index.tolist()) == {0, 1, 2}
+    answers = torch.stack(stubborn.forward_exits(batch))
+    assert torch.allclose(prediction.logits, answers[prediction.exit_index, torch.arange(8)], atol=1e-4)
 
 
 def test_what_is_deeper_than_the_last_leaver_is_not_computed(layout, plain):

@@ -1,8 +1,10 @@
 """Where exits can go in a backbone of timm's, and what every family's feature looks like there."""
 
+import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .taps import last_called
 
-BATCH = 4  # of the probe; shrinks by one at each exit point
+BATCH = 7  # of what is tried without data; prime, so that no other axis is taken for it
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ STAGES: dict[str, Callable[[nn.Module], list[str]]] = {
     "gemma4_vit": _named(r"encoder\.blocks\.\d+"),
     "hrnet": _named(r"layer1|stage[234]"),
     "mvitv2": _named(r"stages\.\d+"),
+    "nasnet": _named(r"cell_stem_1|cell_5|cell_11|cell_17"),
+    "pnasnet": _named(r"cell_stem_1|cell_3|cell_7|cell_11"),
     "twins": _last_of_each(r"blocks\.\d+"),
     "xception": _named(r"block\d+"),
     "xception_aligned": _named(r"blocks\.\d+"),
@@ -68,9 +72,28 @@ ELEMENT = {"crossvit": -1, "hrnet": -1, "tnt": 1}
 """By timm's module, which of several outputs is the feature: the coarsest scale, the patches. Elsewhere the first."""
 
 
+CATCH_UP: dict[str, Callable[[nn.Module], list[str]]] = {
+    "coat": _named(r"patch_embed\d|cpe\d|parallel_blocks\.\d+"),
+    "gemma4_vit": _named(r"encoder\.blocks\.\d+|encoder\.pooler"),
+    "nasnet": _named(r"cell_\w+|reduction_cell_\d"),
+    "pnasnet": _named(r"cell_\w+"),
+    "twins": _named(r"patch_embeds\.\d+"),
+}
+"""By timm's module, what is given, beside the feature, something made before the last exit point: what an earlier cell
+put out, rotary tables; or a feature that was made whole."""
+
+WHOLE: dict[str, Callable[[nn.Module], list[str]]] = {
+    "coat": _last_of_each(r"serial_blocks\d"),
+    "deepseek_vit": _named(r"encoder\.norm"),
+    "qwen3_vit": _last_of_each(r"encoder\.blocks"),
+    "twins": _last_of_each(r"blocks\.\d+"),
+}
+"""By timm's module, after what the network reshapes to the batch size that it noted at its beginning."""
+
+
 def family(backbone: nn.Module) -> str:
     """timm's name of the module that defines the backbone."""
-    return type(backbone).__module__.rpartition(".")[2]
+    return type(getattr(backbone, "encoder", backbone)).__module__.rpartition(".")[2]
 
 
 def stages(backbone: nn.Module) -> list[str]:
@@ -127,38 +150,31 @@ def choose(backbone: nn.Module, exits: int | Sequence[str]) -> list[str]:
 
 
 class _Probe:
-    """Forward hook that notes what a module puts out and, if asked, lets one sample go."""
+    """Forward hook that notes what a module puts out."""
 
-    def __init__(self, name: str, element: int, shrinking: bool, seen: list[tuple[str, torch.Size]]):
-        self.name, self.element, self.shrinking, self.seen = name, element, shrinking, seen
+    def __init__(self, name: str, element: int, seen: list[tuple[str, torch.Size]]):
+        self.name, self.element, self.seen = name, element, seen
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         feature = output[self.element] if isinstance(output, (list, tuple)) and output else output
         if not isinstance(feature, torch.Tensor):
             raise ValueError(f"{self.name} puts out a {type(feature).__name__}, not a tensor; take another module.")
         self.seen.append((self.name, feature.shape))
-        if not self.shrinking or output is feature:
-            return feature[1:] if self.shrinking else None
-        return type(output)(part[1:] if isinstance(part, torch.Tensor) else part for part in output)
 
 
-def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> tuple[list[ExitPoint], bool]:
-    """What an image's feature looks like at each of these modules, found by forward passes without data.
+def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[ExitPoint]:
+    """What an image's feature looks like at each of these modules, found by a forward pass without data.
 
     Args:
         backbone: A model of timm's.
         names: Modules after which early exits are to go, shallow to deep.
         input_size: (channels, height, width) of an image.
 
-    Returns:
-        The exit points, and whether the batch can get smaller there: where it cannot, because something goes past an
-        exit point or the batch's size is remembered, samples that have left are computed on.
-
     Raises:
         ValueError: If a module is not an exit point: never called, called twice, out of order, or no tensor.
     """
     kind = type(backbone).__name__
-    seen = _run(backbone, names, input_size, shrinking=False)
+    seen = _run(backbone, names, input_size)
     order = [name for name, _ in seen]
     wrong = [f"{name} ({order.count(name)} times)" for name in names if order.count(name) != 1]
     if wrong:
@@ -171,41 +187,47 @@ def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) 
     told = family(backbone) not in STAGES and family(backbone) not in ELEMENT  # else it is of something else
     info = list(getattr(backbone, "feature_info", None) or []) if told else []
     known = {entry["module"]: entry["num_chs"] for entry in info if entry.get("module")}
-    points = [_describe(backbone, name, shape, known, input_size) for name, shape in seen]
+    return [_describe(backbone, name, shape, known, input_size) for name, shape in seen]
+
+
+@contextmanager
+def without_data(backbone: nn.Module, input_size: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Evaluate on a batch of images that has a shape only; nothing is computed."""
+    parameter = next(backbone.parameters())
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    _LOG.addFilter(_never)  # what does not fit is told by an error, and logged on the way
     try:
-        smaller = [shape[0] for _, shape in _run(backbone, names, input_size, shrinking=True)]
-    except Exception:  # whatever a batch of another size makes the rest of the network stumble over
-        return points, False
-    return points, smaller == [BATCH - k for k in range(len(names))]
+        # Parameters on the meta device are without data as they are, and much faster so.
+        shapes_only = nullcontext() if parameter.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
+        with shapes_only, torch.no_grad():
+            yield torch.empty(BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
+    finally:
+        _LOG.removeFilter(_never)
+        for module in training:
+            module.training = True
 
 
-def _run(
-    backbone: nn.Module, names: Sequence[str], input_size: Sequence[int], shrinking: bool
-) -> list[tuple[str, torch.Size]]:
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _never(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _run(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[tuple[str, torch.Size]]:
     """Shapes at the exit points, in the order in which a forward pass gets to them."""
     seen: list[tuple[str, torch.Size]] = []
     modules = dict(backbone.named_modules())
     element = ELEMENT.get(family(backbone), 0)
-    handles = [modules[name].register_forward_hook(_Probe(name, element, shrinking, seen)) for name in names]
-    parameter = next(backbone.parameters())
-    training = [module for module in backbone.modules() if module.training]
-    backbone.eval()
+    handles = [modules[name].register_forward_hook(_Probe(name, element, seen)) for name in names]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            image = torch.empty(BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
-            answer = backbone.forward_features(image)
-            if shrinking and _rows(answer) != BATCH - len(names):
-                raise ValueError("the batch did not get smaller")
+        with without_data(backbone, input_size) as images:
+            backbone.forward_features(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     return seen
-
-
-def _rows(answer: Any) -> int:
-    return answer.shape[0] if isinstance(answer, torch.Tensor) else answer[0].shape[0]
 
 
 def _describe(

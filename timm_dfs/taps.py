@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .partition import Onward
+from .remaining import Remaining
 
 Arrival = Callable[[int, torch.Tensor], tuple[Onward, "torch.Tensor | None"]]
 """Called as ``arrive(exit_index, feature)`` at an exit point; returns what goes on to the deeper layers in its place,
@@ -21,6 +22,7 @@ class Stop(Exception):
 
 class _PerThread(threading.local):
     arrive: Arrival | None = None
+    remaining: Remaining | None = None
 
 
 class Visit:
@@ -41,8 +43,8 @@ class Visit:
         self.__init__(state["_replay"])  # type: ignore[misc]
 
     @contextmanager
-    def by(self, arrive: Arrival) -> Iterator[None]:
-        """For the duration, every exit point calls ``arrive``."""
+    def by(self, arrive: Arrival, remaining: Remaining | None = None) -> Iterator[None]:
+        """For the duration, every exit point calls ``arrive``; ``remaining`` says who has left."""
         if torch.compiler.is_compiling():
             self._traced = arrive
             try:
@@ -50,11 +52,12 @@ class Visit:
             finally:
                 self._traced = None
         else:
-            before, self._eager.arrive = self._eager.arrive, arrive
+            before = self._eager.arrive, self._eager.remaining
+            self._eager.arrive, self._eager.remaining = arrive, remaining
             try:
                 yield
             finally:
-                self._eager.arrive = before
+                self._eager.arrive, self._eager.remaining = before
 
     @property
     def current(self) -> Arrival | None:
@@ -64,6 +67,33 @@ class Visit:
             return self._replay  # gradient checkpointing runs a piece of the forward pass again, in the backward pass
         return self._eager.arrive
 
+    @property
+    def remaining(self) -> Remaining | None:
+        """Who has not left; nobody leaves what is compiled."""
+        return None if torch.compiler.is_compiling() else self._eager.remaining
+
+
+class CatchUp:
+    """Forward pre-hook, with keyword arguments, of a module that is given what was made before samples left."""
+
+    def __init__(self, visit: Visit):
+        self.visit = visit
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        remaining = self.visit.remaining
+        return None if remaining is None else (remaining.catch_up(args), remaining.catch_up(kwargs))
+
+
+class MakeWhole:
+    """Forward hook of a module after which the network counts on the batch that it began with."""
+
+    def __init__(self, visit: Visit):
+        self.visit = visit
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        remaining = self.visit.remaining
+        return None if remaining is None else remaining.whole(output)
+
 
 class Tap:
     """Forward hook of the module at an exit point; an object, not a closure, so that copies of a model have their own.
@@ -72,7 +102,7 @@ class Tap:
         exit_index: Which exit.
         visit: Who is on the way.
         element: Where a module puts out several things, which of them is the feature. Of the others, tensors are
-            batches, too.
+            batches, too, perhaps with several rows for each sample.
     """
 
     def __init__(self, exit_index: int, visit: Visit, element: int = 0):
@@ -86,10 +116,18 @@ class Tap:
             return None
         if not isinstance(output, (list, tuple)):  # a tensor, or FX's stand-in for one
             return arrive(self.exit_index, output)[0]
-        onward, rows = arrive(self.exit_index, output[self.element])
-        parts = [part[rows] if rows is not None and isinstance(part, torch.Tensor) else part for part in output]
+        feature = output[self.element]
+        onward, rows = arrive(self.exit_index, feature)
+        parts = [
+            _rows_of(part, rows, len(feature)) if rows is not None and isinstance(part, torch.Tensor) else part
+            for part in output
+        ]
         parts[self.element] = onward
         return type(output)(parts)
+
+
+def _rows_of(part: torch.Tensor, rows: torch.Tensor, batch: int) -> torch.Tensor:
+    return part[rows] if len(part) == batch else part.unflatten(0, (batch, -1))[rows].flatten(0, 1)
 
 
 def last_called(module: nn.Module) -> nn.Module:

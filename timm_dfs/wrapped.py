@@ -7,19 +7,21 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from .exit_points import ELEMENT, choose, family, probe
+from .encoders import WithClassifier, below, is_encoder
+from .exit_points import BATCH, CATCH_UP, ELEMENT, WHOLE, choose, family, probe, without_data
 from .feature_heads import PoolTokens, feature_head
 from .heads import Classifiers, check_num_classes
 from .multi_exit import MultiExitModel, Reader, Visitor, refuse_reentrant
 from .partition import Onward, Partition
-from .taps import Stop, Tap, Visit, is_tapped, last_called
+from .remaining import Remaining
+from .taps import CatchUp, MakeWhole, Stop, Tap, Visit, is_tapped, last_called
 
 
 class MultiExit(MultiExitModel):
     """A backbone of timm's with partitioned early exits; its own end is the last exit.
 
     The backbone stays whole, with its weights and its code: exits tap the outputs of its modules. In eval mode
-    ``forward`` is the backbone's own.
+    ``forward`` is the backbone's own. Encoders without a classifier get one: :class:`timm_dfs.encoders.WithClassifier`.
 
     Args:
         backbone: A model of timm's, with its weights.
@@ -47,11 +49,13 @@ class MultiExit(MultiExitModel):
         presets: dict[str, dict] | None = None,
     ):
         _check_backbone(backbone)
+        if is_encoder(backbone):
+            backbone = WithClassifier(backbone)
         traits: Any = backbone  # timm's models have no class in common
         in_chans = getattr(backbone, "in_chans", None) or traits.pretrained_cfg["input_size"][0]
         super().__init__(traits.num_classes, in_chans, drop_rate, beta, referencing, presets)
         size = (in_chans, *_image_size(backbone))
-        points, self.shrinks = probe(backbone, choose(backbone, exits), size)
+        points = probe(backbone, choose(backbone, exits), size)
         parameter = next(backbone.parameters())
         self.backbone = traits
         self.pretrained_cfg = dict(traits.pretrained_cfg)
@@ -80,13 +84,37 @@ class MultiExit(MultiExitModel):
             last_called(modules[point.module]).register_forward_hook(
                 Tap(k, self.visit, ELEMENT.get(family(backbone), 0))
             )
+        for name in CATCH_UP.get(family(backbone), _none)(backbone):
+            modules[name].register_forward_pre_hook(CatchUp(self.visit), with_kwargs=True)
+        for name in WHOLE.get(family(backbone), _none)(backbone):
+            modules[name].register_forward_hook(MakeWhole(self.visit))
         self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
         self.num_features = traits.num_features
         self.head_hidden_size = self.pooled_widths()[-1]
         self.training = backbone.training  # the backbone's modules keep their own modes
         self.heads.train(self.training)
+        self.shrinks = self._can_shrink(size)
 
     backbone: Any
+
+    shrinks: bool
+    """Whether the batch can get smaller on the way. Where it cannot, because something goes past an exit point or the
+    batch's size is remembered, samples that have left are computed on."""
+
+    def _can_shrink(self, input_size: tuple[int, int, int]) -> bool:
+        self.shrinks = True
+        sizes: list[int] = []
+
+        def visit(exit_index: int, logits: torch.Tensor) -> torch.Tensor | None:
+            sizes.append(len(logits))
+            return torch.arange(1, len(logits)) if exit_index < self.num_exits - 1 else None
+
+        try:
+            with without_data(self, input_size) as images:
+                self.walk(images, visit)
+        except Exception:  # whatever a batch of another size makes the rest of the network stumble over
+            return False
+        return sizes == [max(BATCH - k, 1) for k in range(self.num_exits)]
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -111,6 +139,7 @@ class MultiExit(MultiExitModel):
         last = self.num_exits - 1
         state: list[torch.Tensor] = []
         here: torch.Tensor | None = None  # rows that have not left a batch that cannot get smaller
+        remaining = Remaining()
         points = 0
 
         def arrive(k: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor | None]:
@@ -130,13 +159,14 @@ class MultiExit(MultiExitModel):
             if rows is None:
                 return onward, None
             if self.shrinks:
+                remaining.leave(feature.shape[0], rows)
                 return onward[rows], rows
             here = rows if here is None else here[rows]
             return onward, None
 
         try:
-            with self.visit.by(arrive):
-                feature = self.backbone.forward_features(x)
+            with self.visit.by(arrive, remaining):
+                feature = remaining.catch_up(self.backbone.forward_features(x))
         except Stop:
             return state
         if points < len(self.heads):
@@ -211,18 +241,15 @@ class MultiExit(MultiExitModel):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """The backbone's groups; heads are in the last one."""
-        return {name: _below(pattern) for name, pattern in self.backbone.group_matcher(coarse=coarse).items()}
+        return below("backbone", self.backbone.group_matcher(coarse=coarse))
 
     def no_weight_decay(self) -> set[str]:
         own: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {f"backbone.{name}" for name in own}
 
 
-def _below(pattern: Any) -> Any:
-    """A pattern of the backbone's parameter names as one of the whole network's."""
-    if isinstance(pattern, str):
-        return r"^backbone\." + pattern.removeprefix("^")
-    return [(_below(first), *rest) for first, *rest in pattern]
+def _none(backbone: nn.Module) -> list[str]:
+    return []
 
 
 def _image_size(backbone: nn.Module) -> tuple[int, int]:
@@ -239,18 +266,10 @@ def _check_backbone(backbone: nn.Module) -> None:
         raise ValueError(f"{kind} has exits already: it is the backbone of a MultiExit; give another instance.")
     if isinstance(backbone, torch.jit.ScriptModule):
         raise ValueError(f"{kind} is scripted, which fixes its code; give the model before torch.jit.")
-    missing = [
-        name
-        for name in (
-            "forward_features",
-            "forward_head",
-            "get_classifier",
-            "reset_classifier",
-            "num_classes",
-            "pretrained_cfg",
-        )
-        if not hasattr(backbone, name)
-    ]
+    wanted = ["forward_features", "forward_head", "num_classes", "pretrained_cfg"]
+    if not is_encoder(backbone):
+        wanted += ["get_classifier", "reset_classifier"]
+    missing = [name for name in wanted if not hasattr(backbone, name)]
     if missing:
         raise ValueError(
             f"{kind} has no {', '.join(missing)}, so it is no model of timm's; make it with timm.create_model."

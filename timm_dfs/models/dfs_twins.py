@@ -15,6 +15,7 @@ from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_d
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import _model_default_cfgs
 
+from ..encoders import WithClassifier, is_encoder
 from ..exit_points import stages
 from ..factory import JOINT
 from ..objective import take_settings
@@ -98,6 +99,8 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         pretrained_cfg_overlay=base_overlay,
         **kwargs,
     )
+    if is_encoder(backbone):
+        backbone = WithClassifier(backbone, kwargs.get("num_classes", 0))
     if from_base and state_dict and not _fingerprints(state_dict) & _fingerprints(backbone.state_dict()):
         raise ValueError(f"The weights from {cfg.file or 'the given state dict'} are none of {name}'s or {base}'s.")
     if "img_size" in kwargs:

@@ -1,0 +1,143 @@
+"""What every architecture of timm's is like with exits, found on no data; writes ``docs/coverage.md``.
+
+    python tests/every_architecture.py docs/coverage.md
+
+takes one to two hours on one core and goes on where it was interrupted (``coverage.jsonl`` in the same folder, which is
+removed at the end).
+"""
+
+import hashlib
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_dfs  # noqa: F401  registers the twins
+from timm_dfs import exit_points
+from timm_dfs.exit_points import BATCH, without_data
+from timm_dfs.models.dfs_twins import BASES
+
+CLASSES = 1000
+
+MOST_OF_HEAD = 0.15
+"""Largest share that an early exit's head may have in the multiply-adds up to its exit."""
+
+
+def examine(base):
+    """The twin of an architecture: where its exits are and what they cost.
+
+    Costs are torch's ``FlopCounterMode``'s: of convolutions, matrix products and attention, as fractions of the last
+    exit's, earlier heads included.
+    """
+    model = timm.create_model(f"dfs_{base}", num_classes=CLASSES, device="meta").eval().requires_grad_(False)
+    size = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
+    costs, heads, shapes = [], [], []
+
+    def read(k, feature):
+        before = counter.get_total_flops()
+        answer = model.answer(k, feature)
+        heads.append(counter.get_total_flops() - before)
+        return answer
+
+    def visit(k, logits):
+        costs.append(counter.get_total_flops())
+        shapes.append(tuple(logits.shape))
+
+    with FlopCounterMode(display=False) as counter, without_data(model, size) as images:
+        model.walk(images, visit, read=read)
+    with without_data(model, size) as images:
+        plain = tuple(model(images).shape)
+    return dict(
+        architecture=base,
+        exits=[point.removeprefix("backbone.") for point in model.exit_points],
+        costs=[cost / costs[-1] for cost in costs],
+        heads=[head / cost for head, cost in zip(heads[:-1], costs)],
+        answers=[*shapes, plain],
+        shrinks=model.shrinks,
+    )
+
+
+def faults(found):
+    """What is wrong with an architecture that :func:`examine` looked at."""
+    costs = found["costs"]
+    wrong = []
+    if len(costs) < 2 or len(costs) != len(found["exits"]) + 1:
+        wrong.append(f"{len(costs)} answers for {len(found['exits'])} early exits")
+    if any(tuple(shape) != (BATCH, CLASSES) for shape in found["answers"]):
+        wrong.append(f"answers of shapes {found['answers']}")
+    if not all(0 < early < late for early, late in zip(costs, costs[1:])):
+        wrong.append(f"costs that do not rise: {costs}")
+    if max(found["heads"]) > MOST_OF_HEAD:
+        wrong.append(f"heads with a share of {[round(share, 3) for share in found['heads']]}")
+    if not found["shrinks"]:
+        wrong.append("a batch that cannot get smaller")
+    return wrong
+
+
+def digest():
+    """Of what decides where exits are, and what they look like."""
+    folder = Path(exit_points.__file__).parent
+    files = ("exit_points.py", "feature_heads.py", "encoders.py")
+    return hashlib.sha256(b"".join((folder / file).read_bytes() for file in files)).hexdigest()[:16]
+
+
+def stamp():
+    return f"<!-- exit points {digest()}, timm {timm.__version__} -->"
+
+
+def table(rows):
+    """The page, from what was found (or went wrong) for each architecture."""
+    good = [row for row in rows if "error" not in row and not faults(row)]
+    bad = [row for row in rows if row not in good]
+    lines = [
+        "# Every architecture with exits",
+        stamp(),
+        f"Made by `tests/every_architecture.py` with timm {timm.__version__}, torch {torch.__version__}, without data or"
+        " weights: a twin of each architecture is built and run on shapes. Of"
+        f" {len(rows)} architectures, {len(good)} have exits that answer, whose batch gets smaller as samples leave,"
+        " whose costs rise, and whose"
+        f" heads take at most {MOST_OF_HEAD:.0%} of the multiply-adds up to them.",
+        "Cost: multiply-adds up to each exit, earlier heads included, as a share of the last exit's, in torch's count"
+        " (convolutions, matrix products, attention).",
+    ]
+    if bad:
+        lines += ["## What falls short", "| architecture | what |\n|---|---|"]
+        lines[-1] += "".join(
+            f"\n| {row['architecture']} | {row.get('error') or '; '.join(faults(row))} |" for row in bad
+        )
+    lines += ["## All", "| architecture | early exits after | cost at each exit |\n|---|---|---|"]
+    for row in rows:
+        if "error" not in row:
+            costs = " ".join(f"{cost:.2f}" for cost in row["costs"])
+            lines[-1] += f"\n| {row['architecture']} | {' '.join(row['exits'])} | {costs} |"
+    return "\n\n".join(lines) + "\n"
+
+
+def main(page):
+    warnings.simplefilter("ignore")
+    page = Path(page)
+    notes = page.with_suffix(".jsonl")
+    known = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+    rows = {row["architecture"]: row for row in known if row["stamp"] == stamp()}
+    with notes.open("a") as file:
+        for base in BASES:
+            if base in rows:
+                continue
+            try:
+                row = examine(base)
+            except Exception as error:
+                row = dict(architecture=base, error=f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
+            rows[base] = row
+            print(base, row.get("error") or "; ".join(faults(row)) or "good", flush=True)
+            file.write(json.dumps(dict(row, stamp=stamp())) + "\n")
+            file.flush()
+    page.write_text(table([rows[base] for base in BASES]))
+    notes.unlink()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

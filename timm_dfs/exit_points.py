@@ -192,9 +192,9 @@ def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) 
 
 @contextmanager
 def without_data(backbone: nn.Module, input_size: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Evaluate on a batch of images that has a shape only; nothing is computed."""
+    """Evaluate on a batch of images that has a shape only; nothing is computed, and what modules note is undone."""
     parameter = next(backbone.parameters())
-    training = [module for module in backbone.modules() if module.training]
+    before = [(module.__dict__, module.__dict__.copy(), _copies(module)) for module in backbone.modules()]
     backbone.eval()
     _LOG.addFilter(_never)  # what does not fit is told by an error, and logged on the way
     try:
@@ -204,8 +204,17 @@ def without_data(backbone: nn.Module, input_size: Sequence[int]) -> Iterator[tor
             yield torch.empty(BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
     finally:
         _LOG.removeFilter(_never)
-        for module in training:
-            module.training = True
+        for attributes, values, tables in before:
+            attributes.clear()
+            attributes.update(values)
+            for table, entries in tables:
+                table.clear()
+                table.update(entries)
+
+
+def _copies(module: nn.Module) -> list[tuple[dict, dict]]:
+    """A module's buffers and other tables, where some keep what they computed for the last size, and their entries."""
+    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, dict)]
 
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")

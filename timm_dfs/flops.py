@@ -1,5 +1,6 @@
 """Cost of each exit in multiply-adds, as fvcore counts them."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,9 @@ from .multi_exit import MultiExitModel, evaluating, require_exits
 FREE_OPERATORS = frozenset(
     f"aten::{name}"
     for name in """
-    abs add add_ sub sub_ rsub mul mul_ div div_ neg pow sqrt rsqrt exp log sigmoid sigmoid_ tanh clamp clamp_
+    abs add add_ addcmul sub sub_ rsub mul mul_ div div_ neg pow sqrt rsqrt exp log sigmoid sigmoid_ tanh clamp clamp_
     relu relu_ relu6 hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ silu silu_ gelu elu
-    leaky_relu leaky_relu_ softplus softmax log_softmax mean sum max amax min amin argmax cumsum
+    leaky_relu leaky_relu_ softplus softmax log_softmax mean sum linalg_vector_norm max amax min amin argmax cumsum
     max_pool2d avg_pool2d adaptive_max_pool2d
     cat stack copy_ clone contiguous zeros zeros_like ones ones_like empty full full_like arange fill_
     index index_select gather where masked_fill roll pad constant_pad_nd repeat repeat_interleave expand expand_as
@@ -27,10 +28,26 @@ FREE_OPERATORS = frozenset(
 def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     """Multiply-adds of scaled dot-product attention: queries by keys, then weights by values."""
     query, key, value = (tuple(value.type().sizes()) for value in inputs[:3])
-    batch = 1
-    for size in query[:-2]:
-        batch *= size
-    return batch * query[-2] * key[-2] * (query[-1] + value[-1])
+    return math.prod(query[:-2]) * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+def _convolution_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of a convolution whose padding is said in a word."""
+    output, weight = (tuple(value.type().sizes()) for value in (outputs[0], inputs[1]))
+    return math.prod(output) * math.prod(weight[1:])
+
+
+def _interpolation_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """One for each value put out, as fvcore has it for other interpolations."""
+    return math.prod(outputs[0].type().sizes())
+
+
+MORE_HANDLES = {
+    "aten::scaled_dot_product_attention": _attention_flops,
+    "aten::_convolution_mode": _convolution_flops,
+    "aten::upsample_bicubic2d": _interpolation_flops,
+}
+"""Operators with multiply-adds that fvcore does not know."""
 
 
 class _UpTo(nn.Module):
@@ -107,7 +124,7 @@ def _count(module: nn.Module, model: MultiExitModel, input_size: Sequence[int] |
     image = torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
     with evaluating(model), torch.no_grad():
         analysis = FlopCountAnalysis(module.eval(), image)
-        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        analysis.set_op_handle(**MORE_HANDLES)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         total = analysis.total()
         unknown = sorted(set(analysis.unsupported_ops()) - FREE_OPERATORS)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import timm
@@ -69,7 +70,7 @@ def faults(found):
         wrong.append(f"{len(costs)} answers for {len(found['exits'])} early exits")
     if any(tuple(shape) != (BATCH, CLASSES) for shape in found["answers"]):
         wrong.append(f"answers of shapes {found['answers']}")
-    if not all(0 < early < late for early, late in zip(costs, costs[1:])):
+    if not all(0 < early < late for early, late in pairwise(costs)):
         wrong.append(f"costs that do not rise: {costs}")
     if max(found["heads"]) > MOST_OF_HEAD:
         wrong.append(f"heads with a share of {[round(share, 3) for share in found['heads']]}")
@@ -96,8 +97,8 @@ def table(rows):
     lines = [
         "# Every architecture with exits",
         stamp(),
-        f"Made by `tests/every_architecture.py` with timm {timm.__version__}, torch {torch.__version__}, without data or"
-        " weights: a twin of each architecture is built and run on shapes. Of"
+        f"Made by `tests/every_architecture.py` with timm {timm.__version__}, torch {torch.__version__}, without data"
+        " or weights: a twin of each architecture is built and run on shapes. Of"
         f" {len(rows)} architectures, {len(good)} have exits that answer, whose batch gets smaller as samples leave,"
         " whose costs rise, and whose"
         f" heads take at most {MOST_OF_HEAD:.0%} of the multiply-adds up to them.",

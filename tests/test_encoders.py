@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from helpers import images
+from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -87,9 +88,8 @@ def test_another_pooling_is_refused(name):
         model.reset_classifier(5, "max")
 
 
-@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "coat_tiny"])
+@pytest.mark.parametrize("architecture", ["test_vit", "resnet18", "swin_tiny_patch4_window7_224", "coat_tiny"])
 def test_layers_are_grouped_as_the_backbones_are(architecture):
-    from timm.models._manipulate import group_parameters
 
     plain = timm.create_model(architecture, device="meta")
     model = MultiExit(plain, 3)

@@ -135,9 +135,25 @@ def module(request):
 
 
 @pytest.fixture(scope="module")
-def model(module):
+def batch(module):
+    return images(BATCH, size=SIZES.get(module, SIZE))
+
+
+@pytest.fixture(scope="module")
+def model(module, batch):
+    """With norms that know these images, and early exits that tell them apart, as they do when trained."""
     torch.manual_seed(0)
-    return lively(made(module)).eval()
+    model = made(module)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1.0
+    with torch.no_grad():
+        model.train().forward_exits(batch)
+        model.eval()
+        for head, logits in zip(model.heads, model.forward_exits(batch)):
+            head.fc.weight.div_(spread := (logits - logits.mean(0)).std())
+            head.fc.bias.copy_(-logits.mean(0) / spread)
+    return model
 
 
 def made(module):
@@ -149,19 +165,6 @@ def made(module):
         except TypeError:  # of one that takes any size
             pass
     return timm.create_model(f"dfs_{SMALLEST[module]}", **settings)
-
-
-def lively(model):
-    """The model with early exits that tell images apart, as they do when trained."""
-    with torch.no_grad():
-        for head in model.heads:
-            head.fc.weight.mul_(8)
-    return model
-
-
-@pytest.fixture(scope="module")
-def batch(module):
-    return images(BATCH, size=SIZES.get(module, SIZE))
 
 
 @torch.no_grad()

@@ -68,8 +68,9 @@ STAGES: dict[str, Callable[[nn.Module], list[str]]] = {
 """By timm's module, where stages end, for families whose ``feature_info`` names what is never called, or a place inside
 a block that a skip connection crosses."""
 
-ELEMENT = {"crossvit": -1, "hrnet": -1, "tnt": 1}
-"""By timm's module, which of several outputs is the feature: the coarsest scale, the patches. Elsewhere the first."""
+ELEMENT = {"crossvit": -1, "efficientvim": 1, "hrnet": -1, "tnt": 1}
+"""By timm's module, which of several outputs is the feature: the coarsest scale, what the next stage reads, the
+patches. Elsewhere the first."""
 
 
 CATCH_UP: dict[str, Callable[[nn.Module], list[str]]] = {

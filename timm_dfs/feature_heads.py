@@ -15,6 +15,10 @@ KINDS = ("auto", "linear", "conv")
 DEEPEST = 32
 """Stride of the map that a pyramid's last stage has, and that a head brings an early map to."""
 
+WIDE = 192
+"""Channels from which on a head mixes them once only, at the coarsest of its maps: at a finer one it would cost up to a
+sixth of the backbone so far (ECA-ResNet-light, MobileOne-S4)."""
+
 
 def feature_head(
     kind: str,
@@ -57,7 +61,8 @@ def feature_head(
         body = [LayerNorm(point.channels, **dd), ToChannelsFirst()]
     width = point.channels
     if kind != "linear" and point.layout in ("NCHW", "NHWC") and 0 < point.reduction < DEEPEST:
-        body += [Condense(width, **dd) for _ in range(min(2, round(math.log2(DEEPEST / point.reduction))))]
+        steps = min(2, round(math.log2(DEEPEST / point.reduction)))
+        body += [Condense(width, mix=step == steps or width < WIDE, **dd) for step in range(1, steps + 1)]
     return ExitHead(width, num_classes, nn.Sequential(*body) if body else None, "avg", drop_rate, **dd)
 
 
@@ -86,12 +91,18 @@ class ToChannelsFirst(nn.Module):
 
 
 class Condense(nn.Sequential):
-    """A separable convolution of stride 2, batch norm, ReLU, from (B, C, H, W) to (B, C, H/2, W/2)."""
+    """A separable convolution of stride 2, batch norm, ReLU, from (B, C, H, W) to (B, C, H/2, W/2).
 
-    def __init__(self, channels: int, **dd):
+    Args:
+        channels: C.
+        mix: Whether the convolution of each channel is followed by one across them.
+    """
+
+    def __init__(self, channels: int, mix: bool = True, **dd):
+        across = [nn.Conv2d(channels, channels, 1, bias=False, **dd)] if mix else []
         super().__init__(
             nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False, **dd),
-            nn.Conv2d(channels, channels, 1, bias=False, **dd),
+            *across,
             nn.BatchNorm2d(channels, **dd),
             nn.ReLU(inplace=True),
         )

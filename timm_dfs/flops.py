@@ -14,12 +14,14 @@ from .multi_exit import MultiExitModel, evaluating, require_exits
 FREE_OPERATORS = frozenset(
     f"aten::{name}"
     for name in """
-    abs add add_ addcmul sub sub_ rsub mul mul_ div div_ neg pow sqrt rsqrt exp log sigmoid sigmoid_ tanh clamp clamp_
+    abs add add_ addcmul sub sub_ rsub mul mul_ div div_ neg pow sqrt rsqrt exp log sin cos ceil
+    sigmoid sigmoid_ tanh clamp clamp_ clamp_min
     relu relu_ relu6 hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ silu silu_ gelu elu
     leaky_relu leaky_relu_ softplus softmax log_softmax mean sum linalg_vector_norm max amax min amin argmax cumsum
-    max_pool2d avg_pool2d adaptive_max_pool2d
+    max_pool2d avg_pool1d avg_pool2d adaptive_max_pool2d
     cat stack copy_ clone contiguous zeros zeros_like ones ones_like empty full full_like arange fill_
     index index_select gather where masked_fill roll pad constant_pad_nd repeat repeat_interleave expand expand_as
+    reshape_as tile flip meshgrid one_hot unfold col2im
     feature_dropout dropout dropout_ im2col eq ne lt le gt ge bitwise_not logical_not detach alias lift_fresh
     """.split()
 )
@@ -42,10 +44,26 @@ def _interpolation_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(outputs[0].type().sizes())
 
 
+def _rms_norm_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """One less for each value than fvcore has for a norm that subtracts the mean: 3, and 1 for the weight."""
+    weighted = inputs[2].type().kind() == "TensorType"
+    return math.prod(inputs[0].type().sizes()) * (4 if weighted else 3)
+
+
+def _lstm_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Every weight matrix meets every step of every sequence once."""
+    *steps, _ = inputs[0].type().sizes()
+    weights = [value.type().sizes() for value in inputs[-7].node().inputs()]
+    return math.prod(steps) * sum(math.prod(sizes) for sizes in weights if len(sizes) == 2)
+
+
 MORE_HANDLES = {
     "aten::scaled_dot_product_attention": _attention_flops,
     "aten::_convolution_mode": _convolution_flops,
     "aten::upsample_bicubic2d": _interpolation_flops,
+    "aten::upsample_linear1d": _interpolation_flops,
+    "aten::rms_norm": _rms_norm_flops,
+    "aten::lstm": _lstm_flops,
 }
 """Operators with multiply-adds that fvcore does not know."""
 

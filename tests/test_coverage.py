@@ -22,7 +22,9 @@ def test_every_architecture_answers_at_exits_whose_cost_rises(shard):
 
 def test_the_page_is_of_these_exit_points_and_this_timm():
     remedy = "run: python tests/every_architecture.py docs/coverage.md"
-    assert stamp() in PAGE.read_text(), f"{PAGE} was made of other exit points or another timm's architectures; {remedy}"
+    assert stamp() in PAGE.read_text(), (
+        f"{PAGE} was made of other exit points or another timm's architectures; {remedy}"
+    )
 
 
 def test_the_page_has_every_architecture():

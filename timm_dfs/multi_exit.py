@@ -15,6 +15,7 @@ from .factory import JOINT
 from .heads import Classifiers, ExitHead
 from .objective import SETTINGS, Objective
 from .partition import Onward, Partition, PartitionedConv2d, check_beta, check_referencing
+from .remaining import take
 
 # What these do depends on the gradient mode, which FX cannot trace.
 register_notrace_module(Partition)
@@ -200,7 +201,7 @@ class MultiExitModel(nn.Module):
                 if rows is not None:
                     if rows.numel() == 0:
                         break
-                    state = [tensor[rows] for tensor in state]
+                    state = [take(tensor, rows) for tensor in state]
         return state
 
     def split(self, exit_index: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor]:
@@ -370,6 +371,14 @@ def as_images(model: MultiExitModel, x: torch.Tensor) -> torch.Tensor:
 _MODES = threading.RLock()
 
 
+def _in_training(model: nn.Module) -> list[nn.Module]:
+    """The modules that are in training mode; ``modules()`` takes as long as an early exit of one image."""
+    every: list[nn.Module] = [model]
+    for module in every:
+        every.extend(part for part in module._modules.values() if part is not None)
+    return [module for module in every if module.training]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in eval mode for the duration; every module gets its own mode back.
@@ -378,7 +387,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     take turns.
     """
     with _MODES:
-        training = [module for module in model.modules() if module.training]
+        training = _in_training(model)
         for module in training:
             module.training = False
         if training:

@@ -1,8 +1,17 @@
-"""Which images of a batch are still on the way, for networks that remember more of a batch than its feature."""
+"""Rows of a batch: taking those that go on, and which they are, for networks that remember more than a feature."""
 
 from typing import Any
 
 import torch
+
+
+def take(tensor: Any, rows: torch.Tensor) -> Any:
+    """``tensor[rows]``, in the tensor's own memory format and several times faster."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor[rows]
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return tensor.index_select(0, rows)
 
 
 class Remaining:
@@ -33,7 +42,7 @@ class Remaining:
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) == self._size:
             return value
         images = self._images.get(len(value))
-        return value if images is None else value[torch.searchsorted(images, self._images[self._size])]
+        return value if images is None else take(value, torch.searchsorted(images, self._images[self._size]))
 
     def whole(self, feature: torch.Tensor) -> torch.Tensor:
         """The feature with as many rows as the batch had at first; those of images that have left are zero."""

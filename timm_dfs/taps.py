@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .partition import Onward
-from .remaining import Remaining
+from .remaining import Remaining, take
 
 Arrival = Callable[[int, torch.Tensor], tuple[Onward, "torch.Tensor | None"]]
 """Called as ``arrive(exit_index, feature)`` at an exit point; returns what goes on to the deeper layers in its place,
@@ -127,7 +127,7 @@ class Tap:
 
 
 def _rows_of(part: torch.Tensor, rows: torch.Tensor, batch: int) -> torch.Tensor:
-    return part[rows] if len(part) == batch else part.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+    return take(part, rows) if len(part) == batch else part.unflatten(0, (batch, -1))[rows].flatten(0, 1)
 
 
 def last_called(module: nn.Module) -> nn.Module:

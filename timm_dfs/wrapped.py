@@ -13,7 +13,7 @@ from .feature_heads import PoolTokens, feature_head
 from .heads import Classifiers, check_num_classes
 from .multi_exit import MultiExitModel, Reader, Visitor, refuse_reentrant
 from .partition import Onward, Partition
-from .remaining import Remaining
+from .remaining import Remaining, take
 from .taps import CatchUp, MakeWhole, Stop, Tap, Visit, is_tapped, last_called
 
 
@@ -151,7 +151,7 @@ class MultiExit(MultiExitModel):
             onward, exit_feature = self.split(k, feature)
             rows = None
             if k in exits:
-                rows = visit(k, read(k, exit_feature if here is None else exit_feature[here]))
+                rows = visit(k, read(k, exit_feature if here is None else take(exit_feature, here)))
                 if rows is not None and rows.numel() == 0:
                     raise Stop
             if k == deepest and not torch.jit.is_tracing():
@@ -160,7 +160,7 @@ class MultiExit(MultiExitModel):
                 return onward, None
             if self.shrinks:
                 remaining.leave(feature.shape[0], rows)
-                return onward[rows], rows
+                return take(onward, rows), rows
             here = rows if here is None else here[rows]
             return onward, None
 

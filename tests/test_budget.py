@@ -208,8 +208,20 @@ def test_logits_that_are_not_finite_are_refused_by_sample_and_exit(bad):
 
 
 def test_an_unknown_confidence_is_refused():
-    with pytest.raises(ValueError, match="'margin'"):
-        find_thresholds(torch.zeros(2, 5, 4), [0.5, 0.5], confidence="margin")
+    with pytest.raises(ValueError, match="'surprise'"):
+        find_thresholds(torch.zeros(2, 5, 4), [0.5, 0.5], confidence="surprise")
+
+
+@pytest.mark.parametrize("confidence", ["margin", "entropy"])
+def test_fractions_of_the_samples_leave_under_any_confidence(confidence):
+    logits = 3 * torch.randn(3, 64, 4)
+    policy = ExitPolicy(find_thresholds(logits, [0.25, 0.25, 0.5], confidence), confidence)
+    assert torch.bincount(policy.exit_index(logits), minlength=3).tolist() == [16, 16, 32]
+
+
+def test_patience_has_no_thresholds_for_fractions():
+    with pytest.raises(ValueError, match=r"'patience'.*compares exits"):
+        find_thresholds(torch.zeros(2, 5, 4), [0.5, 0.5], confidence="patience")
 
 
 def test_validation_test_and_flops_of_different_networks_are_refused():

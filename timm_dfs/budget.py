@@ -51,7 +51,7 @@ def find_thresholds(
     Raises:
         ValueError: If shapes disagree, fractions are not in [0, 1], or logits are not finite.
     """
-    _check_logits(val_logits)
+    check_logits(val_logits)
     fractions = torch.as_tensor(exit_fractions, dtype=torch.float32)
     if fractions.shape != val_logits.shape[:1]:
         raise ValueError(
@@ -103,16 +103,13 @@ def budgeted_batch(
         ValueError: If shapes disagree, ``points`` is not positive, or logits are not finite.
     """
     (val_logits, _), (logits, targets) = val, test
-    _check_logits(val_logits)
-    _check_logits(logits)
+    check_logits(val_logits)
+    check_data("test", test)
     num_exits = len(logits)
     if len(val_logits) != num_exits or len(flops) != num_exits:
         raise ValueError(
             f"val has {len(val_logits)} exits, test {num_exits} and flops {len(flops)}; they must be of one network."
         )
-    if targets.shape != logits.shape[1:2]:
-        raise ValueError(f"test has {logits.shape[1]} samples but targets of shape {tuple(targets.shape)}.")
-    check_targets(targets, logits.shape[-1])
     if val_logits.shape[-1] != logits.shape[-1]:
         raise ValueError(
             f"val has {val_logits.shape[-1]} classes, test {logits.shape[-1]}; they must be of one network."
@@ -137,7 +134,17 @@ def budgeted_batch(
     return curve
 
 
-def _check_logits(logits: torch.Tensor) -> None:
+def check_data(name: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Raise ``ValueError`` unless ``data`` are finite logits (E, N, C) and their samples' targets (N,)."""
+    logits, targets = data
+    check_logits(logits)
+    if targets.shape != logits.shape[1:2]:
+        raise ValueError(f"{name} has {logits.shape[1]} samples but targets of shape {tuple(targets.shape)}.")
+    check_targets(targets, logits.shape[-1])
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless these are finite logits (E, N, C), none of the sizes 0."""
     if logits.ndim != 3 or logits.numel() == 0:
         raise ValueError(f"Logits have shape {tuple(logits.shape)}; give (exits, samples, classes), none of them 0.")
     check_finite(logits)

@@ -64,10 +64,11 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
     rows = torch.arange(x.shape[0], device=x.device)
     broken = torch.zeros_like(rows, dtype=torch.bool)
     answers: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # exit, rows, logits
+    decision = policy.begin()
 
     def visit(k: int, logits: torch.Tensor) -> torch.Tensor | None:
         nonlocal rows
-        leaving, nan = policy.leaves(k, logits)
+        leaving, nan = decision.leaves(k, logits)
         broken[rows] |= nan
         if k == last:
             answers.append((k, rows, logits))
@@ -78,6 +79,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
             return None
         answers.append((k, rows[leaving], logits[leaving]))
         rows = rows[staying]
+        decision.go_on(staying)
         return staying
 
     with evaluating(model), torch.inference_mode():

@@ -11,7 +11,7 @@ PACKAGE = Path(timm_dfs.__file__).parent
 
 LAYERS = (  # lowest first
     {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"},
-    {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped"},
+    {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped", "fusion"},
     {"weights", "models.*"},
     {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"},
     {"cli.*"},

@@ -5,6 +5,7 @@ from .budget import BudgetPoint, budgeted_batch, find_thresholds
 from .conflict import GradientConflict, gradient_conflict
 from .evaluate import anytime_accuracy, calibration_error, collect_logits
 from .flops import exit_flops
+from .fusion import fuse
 from .inference import Prediction, predict
 from .losses import ExitsLoss
 from .multi_exit import MultiExitModel
@@ -31,6 +32,7 @@ __all__ = [
     "collect_logits",
     "exit_flops",
     "find_thresholds",
+    "fuse",
     "gradient_conflict",
     "models",
     "predict",

@@ -61,42 +61,51 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
     if x.shape[0] == 0:
         return Prediction(x.new_empty(0, model.num_classes), torch.empty(0, dtype=torch.int64, device=x.device))
     last = model.num_exits - 1
-    rows = torch.arange(x.shape[0], device=x.device)
-    broken = torch.zeros_like(rows, dtype=torch.bool)
-    answers: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # exit, rows, logits
+    rows = list(range(len(x)))  # on the way; small enough for lists, whose operations cost less than a tensor's
+    broken: set[int] = set()
+    answers: list[tuple[int, list[int], torch.Tensor]] = []  # exit, rows, logits
     decision = policy.begin()
 
     def visit(k: int, logits: torch.Tensor) -> torch.Tensor | None:
         nonlocal rows
-        leaving, nan = decision.leaves(k, logits)
-        broken[rows] |= nan
+        leaving, nan = torch.stack(decision.leaves(k, logits)).tolist()  # from the device at once
+        if any(nan):
+            broken.update(row for row, is_nan in zip(rows, nan) if is_nan)
         if k == last:
             answers.append((k, rows, logits))
             return None
-        leaving &= ~broken[rows]
-        staying = (~leaving).nonzero()[:, 0]
-        if len(staying) == len(rows):
+        if broken:
+            leaving = [leaves and row not in broken for row, leaves in zip(rows, leaving)]
+        if not any(leaving):
             return None
-        answers.append((k, rows[leaving], logits[leaving]))
-        rows = rows[staying]
-        decision.go_on(staying)
-        return staying
+        staying = [i for i, leaves in enumerate(leaving) if not leaves]
+        index = torch.tensor(staying, dtype=torch.int64, device=logits.device)
+        if not staying:
+            answers.append((k, rows, logits))
+        else:
+            gone = [i for i, leaves in enumerate(leaving) if leaves]
+            answers.append((k, [rows[i] for i in gone], logits[torch.tensor(gone, device=logits.device)]))
+            rows = [rows[i] for i in staying]
+            decision.go_on(index)
+        return index
 
     with evaluating(model), torch.inference_mode():
         model.walk(x, visit, policy.answering)
-    prediction = _in_order(answers)  # outside of inference mode: ordinary tensors
-    if broken.any():
+    if broken:
         warnings.warn(
-            f"The logits of samples {broken.nonzero()[:, 0].tolist()} hold NaN; they went to the last exit.",
+            f"The logits of samples {sorted(broken)} hold NaN; they went to the last exit.",
             stacklevel=2,
         )
-    return prediction
+    return _in_order(answers, len(x))
 
 
-def _in_order(answers: list[tuple[int, torch.Tensor, torch.Tensor]]) -> Prediction:
-    """The answers of all exits, each sample in its row."""
-    rows = torch.cat([rows for _, rows, _ in answers])
-    logits = torch.cat([logits for *_, logits in answers])
-    exits = torch.cat([torch.full_like(rows, k) for k, rows, _ in answers])
-    order = rows.argsort()
-    return Prediction(logits[order], exits[order])
+def _in_order(answers: list[tuple[int, list[int], torch.Tensor]], batch: int) -> Prediction:
+    """The answers of all exits, each sample in its row; ordinary tensors, made outside of inference mode."""
+    _, _, some = answers[0]
+    logits = torch.empty(batch, *some.shape[1:], dtype=some.dtype, device=some.device)
+    exit_index = torch.empty(batch, dtype=torch.int64)
+    for k, rows, of_rows in answers:
+        index = torch.tensor(rows)
+        exit_index[index] = k
+        logits[index.to(some.device)] = of_rows
+    return Prediction(logits, exit_index.to(some.device))

@@ -1,0 +1,107 @@
+"""A fused network answers as the network does, at every exit, and leaves it alone."""
+
+import copy
+
+import pytest
+import torch
+from helpers import BACKBONES, TINY, images, settled, wrapped
+from torch import nn
+
+from timm_dfs import ExitPolicy, fuse, predict
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def assert_same_answers(ours, theirs, batch):
+    for mine, its in zip(ours.forward_exits(batch), theirs.forward_exits(batch), strict=True):
+        assert torch.allclose(mine, its, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(params=TINY)
+def native(request):
+    return settled(TINY[request.param]())
+
+
+@torch.no_grad()
+def test_a_native_networks_exits_answer_the_same(native):
+    assert_same_answers(fuse(native), native, images(4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", BACKBONES)
+def test_a_wrapped_networks_exits_answer_the_same(layout):
+    model = settled(wrapped(layout))
+    fused = fuse(model)
+    assert_same_answers(fused, model, images(4, size=64))
+    assert torch.equal(fused(images(4, size=64)), fused.forward_exits(images(4, size=64))[-1])
+
+
+def test_norms_behind_convolutions_are_gone():
+    assert norms(settled(TINY["msdnet"]())) and not norms(fuse(settled(TINY["msdnet"]())))
+    assert not norms(fuse(settled(wrapped())))
+
+
+def test_norms_behind_something_else_stay():
+    model = settled(TINY["vgg"]())  # whose first block has a ReLU, in place, between convolution and norm
+    assert len(norms(fuse(model))) == len(norms(model)) > 0
+
+
+def test_the_network_stays_as_it_is(native):
+    native.train()
+    before = copy.deepcopy(native.state_dict())
+    fused = fuse(native)
+    assert native.training and not fused.training
+    assert native.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[key], value) for key, value in native.state_dict().items())
+    assert all(parameter.requires_grad for parameter in native.parameters())
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+
+
+@torch.no_grad()
+def test_samples_leave_a_fused_network_where_they_leave_the_network(native):
+    batch = images(16)
+    first = native.forward_exits(batch)[0].softmax(-1).amax(-1).sort().values
+    policy = ExitPolicy([first[7:9].mean().item(), *[2.0] * (native.num_exits - 2), 0.0])
+    ours, theirs = predict(fuse(native), batch, policy), predict(native, batch, policy)
+    assert torch.equal(ours.exit_index, theirs.exit_index)
+    assert set(ours.exit_index.tolist()) == {0, native.num_exits - 1}
+    assert torch.allclose(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_features_stay_channels_last_when_samples_leave():
+    model, seen = fuse(settled(TINY["msdnet"]())), []
+    walk = model.advance
+    model.advance = lambda state, k: seen.append(state) or walk(state, k)
+    first = model.forward_exits(images(16))[0].softmax(-1).amax(-1).median().item()
+    seen.clear()
+    predict(model, images(16), ExitPolicy([first, 2.0, 0.0]))
+    features = [tensor for state in seen[1:] for tensor in state]
+    assert features and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in features)
+
+
+class Shortcut(nn.Module):
+    """A norm's input that something else reads, too."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.conv, self.norm, self.inner = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), inner
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.inner(x + self.norm(x))
+
+
+def test_a_network_that_reads_a_convolution_twice_is_refused():
+    model = settled(wrapped())
+    model.backbone.conv1 = Shortcut(model.backbone.conv1)
+    nn.init.constant_(model.backbone.conv1.norm.running_mean, 3.0)
+    with pytest.raises(ValueError, match="MultiExit cannot be fused"):
+        fuse(model.eval())
+
+
+def test_what_has_no_exits_is_refused():
+    with pytest.raises(ValueError, match="has no exits"):
+        fuse(nn.Conv2d(3, 3, 1))

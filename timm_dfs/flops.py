@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -71,15 +71,16 @@ MORE_HANDLES = {
 class _UpTo(nn.Module):
     """What is computed up to one exit, every result of it an output, so that a trace drops none."""
 
-    def __init__(self, model: MultiExitModel, exit_index: int, lazy: bool):
+    def __init__(self, model: MultiExitModel, exit_index: int, lazy: bool, heads: Collection[int]):
         super().__init__()
         self.model = model
         self.exit_index = exit_index
         self.lazy = lazy
+        self.heads = [k for k in range(exit_index + 1) if k in heads or k == exit_index]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits: list[torch.Tensor] = []
-        state = self.model.walk(x, lambda _, answer: logits.append(answer), range(self.exit_index + 1))
+        state = self.model.walk(x, lambda _, answer: logits.append(answer), self.heads)
         if self.lazy:
             return tuple(logits)
         return (*logits, *self.model.settle(state, self.exit_index))
@@ -96,7 +97,12 @@ class _LastExit(nn.Module):
         return self.model.forward_head(self.model.forward_features(x))
 
 
-def exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None, lazy: bool = False) -> list[int]:
+def exit_flops(
+    model: MultiExitModel,
+    input_size: Sequence[int] | None = None,
+    lazy: bool = False,
+    heads: Collection[int] | None = None,
+) -> list[int]:
     """Multiply-adds for one image up to and including each exit, heads of the exits before it included.
 
     Counted by fvcore: one multiply-add is one; convolution, linear, batch norm and interpolation count,
@@ -107,6 +113,7 @@ def exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None, l
         input_size: (channels, height, width) of the image; by default the pretrained config's.
         lazy: ``False``: the published convention, all that the training forward computes up to the exit.
             ``True``: what :func:`timm_dfs.predict` executes for a sample that leaves there.
+        heads: Of the exits before, those whose heads are computed, as by a policy's ``answering``; all by default.
 
     Returns:
         One count per exit, shallow to deep.
@@ -116,7 +123,8 @@ def exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None, l
             positive numbers.
     """
     require_exits(model)
-    return [_count(_UpTo(model, k, lazy), model, input_size) for k in range(model.num_exits)]
+    heads = range(model.num_exits) if heads is None else heads
+    return [_count(_UpTo(model, k, lazy, heads), model, input_size) for k in range(model.num_exits)]
 
 
 def last_exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None) -> int:

@@ -121,7 +121,7 @@ def saving(share: float) -> str:
 def make_table(*headers: str, title: str | None = None) -> Table:
     """A table whose columns of numbers (all but those with words) are flush right."""
     table = Table(title=title)
-    words = {"layer", "model", "weights", "input", "after", "answer", "photograph", "is a"}
+    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "photograph", "is a"}
     for header in headers:
         table.add_column(header, justify="left" if header in words else "right")
     return table

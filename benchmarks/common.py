@@ -1,7 +1,6 @@
 """What the benchmarks share: the methods, a training step, peak memory, the machine."""
 
 import multiprocessing
-import platform
 import resource
 import time
 from pathlib import Path
@@ -88,12 +87,3 @@ def _resident(field: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (line,) = [line for line in status.read_text().splitlines() if line.startswith(field)]
     return 1024 * int(line.split()[1])
-
-
-def describe_machine() -> str:
-    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = cpus[0].partition(":")[2].strip() if cpus else platform.processor() or platform.machine()
-    return (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, "
-        f"timm-dfs {timm_dfs.__version__}"
-    )

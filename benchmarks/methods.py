@@ -17,9 +17,10 @@ import datasets
 import numpy as np
 import timm
 import torch
-from common import METHODS, Trainer, describe_machine, peak_memory
+from common import METHODS, Trainer, peak_memory
 
 import timm_dfs
+from timm_dfs.bench import describe_machine
 
 HELD_OUT = 5000
 

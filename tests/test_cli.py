@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import timm_dfs
 from timm_dfs.cli import app
 from timm_dfs.models.dfs_twins import BASES
 
@@ -299,3 +300,90 @@ def test_benchmarking_the_training_of_one_exit_is_refused(tmp_path):
     (tmp_path / "benchmark.py").write_text("print('ran')")
     assert_one_line(run("timm", tmp_path / "benchmark.py", "--model", "dfs_vgg7_cifar100"), "--bench infer")
     assert "ran" in run("timm", tmp_path / "benchmark.py", "--bench", "infer").stdout
+
+
+# calibrate
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Enough noise to calibrate on, as a training split."""
+    folder = tmp_path_factory.mktemp("held_out")
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    data = datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(image) for image in noise], "fine_label": generator.integers(0, 10, 40).tolist()},
+        features=datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(num_classes=100)}),
+    )
+    data.to_parquet(folder / "train-00000-of-00001.parquet")
+    return "--dataset", f"hfds/{folder}", "--split", "train", "--workers", 0
+
+
+@pytest.mark.filterwarnings("ignore:Exits .* chance")
+def test_calibrate_fits_presets_and_writes_them_into_a_folder_that_loads(training_run, held_out, tmp_path):
+    folder = tmp_path / "calibrated"
+    data = run_json("calibrate", training_run, *held_out, "--budget", 0.7, "--loss", 30, "--output", folder)
+    presets = data["presets"]
+    budget = 0.7 * data["last_exit"]["alone"]
+    assert list(presets) == ["accurate", "balanced", "fast", f"{budget / 1e6:g}M", "loss-30"]
+    assert presets[f"{budget / 1e6:g}M"]["average_flops"] <= budget
+    for preset in presets.values():
+        assert preset["fitted_on"]["split"] == "train" and preset["fitted_on"]["samples"] == data["samples"] == 40
+        assert len(preset["thresholds"]) == len(preset["temperatures"]) == 3
+        assert preset["confidence"] == "max_prob" and "risk" not in preset
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True, depths=(1, 2), widths=(6, 8)).eval()
+    assert again.presets == presets
+    assert timm_dfs.predict(again, torch.randn(4, 3, 32, 32), "balanced").logits.shape == (4, 10)
+
+
+@pytest.mark.filterwarnings("ignore:Exits .* chance")
+def test_calibrate_bounds_the_loss_on_the_other_half(training_run, held_out):
+    args = "calibrate", training_run, *held_out, "--confidence", 0.8, "--by", "margin"
+    data = run_json(*args)
+    assert data["samples"] == data["samples_bounded_on"] == 20
+    for preset in data["presets"].values():
+        assert preset["risk"]["confidence"] == 0.8 and preset["risk"]["samples"] == 20
+        assert preset["confidence"] == "margin"
+    shown = run(*args).stdout
+    assert "balanced" in shown and "loss at most" in " ".join(shown.split())
+
+
+@pytest.mark.filterwarnings("ignore:Exits .* chance")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--split", "test"), ("test", "held out of training")),
+        (("--split", "test[:4]"), ("test[:4]",)),
+        (("--budget", 1e-9), ("budget", "first exit")),
+        (("--budget", 1e12), ("1e+12", "last")),
+        (("--loss", -1), ("loss is -1",)),
+        (("--confidence", 95), ("confidence is 95",)),
+        (("--by", "surprise"), ("surprise", "max_prob")),
+        (("--output", "absent/folder"), ("absent",)),
+    ],
+    ids=str,
+)
+def test_calibrate_refuses_options_before_it_reads_the_data(training_run, held_out, options, words):
+    assert_one_line(run("calibrate", training_run, *held_out, *options), *words)
+
+
+@pytest.mark.filterwarnings("ignore:Exits .* chance")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--confidence", 0.95, "--loss", 0.1), "20 samples cannot show"),
+        (("--split", "train[:2]"), "2 validation samples for 3 exits"),
+    ],
+    ids=str,
+)
+def test_calibrate_says_where_there_are_too_few_samples(training_run, held_out, options, words):
+    result = run("calibrate", training_run, *held_out, *options)
+    assert result.exit_code == 2 and words in result.stderr.splitlines()[-1]
+
+
+def test_calibrate_does_not_fall_back_on_a_checkpoint_s_test_split(training_run, held_out):
+    assert_one_line(run("calibrate", training_run, *held_out[:2]), "test", "held out of training")
+
+
+def test_calibrate_without_a_split_asks_for_one():
+    assert_one_line(run("calibrate", "dfs_vgg7_cifar100", "--dataset", "hfds/x"), "--split")

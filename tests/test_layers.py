@@ -10,10 +10,12 @@ import timm_dfs
 PACKAGE = Path(timm_dfs.__file__).parent
 
 LAYERS = (  # lowest first
-    {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"},
+    {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"}
+    | {"temperature", "threshold_search", "operating_points", "risk"},
     {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped", "fusion"},
     {"weights", "models.*"},
-    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo", "bench"},
+    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"}
+    | {"presets", "bench"},
     {"cli.*"},
 )
 

@@ -10,8 +10,18 @@ from .inference import Prediction, predict
 from .losses import ExitsLoss
 from .multi_exit import MultiExitModel
 from .objective import Objective
+from .operating_points import (
+    Measurement,
+    OperatingPoint,
+    fit_operating_point,
+    measure_policy,
+    operating_frontier,
+)
 from .partition import Partition
 from .policy import ExitPolicy
+from .presets import fit_presets, write_presets
+from .risk import bound_risk, control_risk
+from .temperature import fit_temperatures
 from .wrapped import MultiExit
 
 __version__ = "0.1.0"
@@ -21,21 +31,31 @@ __all__ = [
     "ExitPolicy",
     "ExitsLoss",
     "GradientConflict",
+    "Measurement",
     "MultiExit",
     "MultiExitModel",
     "Objective",
+    "OperatingPoint",
     "Partition",
     "Prediction",
     "anytime_accuracy",
+    "bound_risk",
     "budgeted_batch",
     "calibration_error",
     "collect_logits",
+    "control_risk",
     "exit_flops",
     "find_thresholds",
+    "fit_operating_point",
+    "fit_presets",
+    "fit_temperatures",
     "fuse",
     "gradient_conflict",
+    "measure_policy",
     "models",
+    "operating_frontier",
     "predict",
+    "write_presets",
 ]
 
 factory.install()

@@ -4,8 +4,9 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -82,11 +83,11 @@ def measure(
     full = last_exit_flops(model, size)
     costs: dict[str, float] = {LAST_EXIT: full}
     for k in range(model.num_exits - 1):
-        ways[f"exit {k} alone"] = lambda x, k=k: model.walk(x, _ignore, (k,))
+        ways[f"exit {k} alone"] = partial(model.walk, visit=_ignore, exits=(k,))
         costs[f"exit {k} alone"] = exit_flops(model, size, lazy=True, heads=(k,))[k]
     with evaluating(model), torch.inference_mode():
         for name, policy in policies.items():
-            ways[name] = lambda x, policy=policy: predict(model, x, policy)
+            ways[name] = partial(predict, model, policy=policy)
             by_exit = torch.tensor(exit_flops(model, size, lazy=True, heads=policy.answering), dtype=torch.float64)
             left = torch.cat([predict(model, x, policy).exit_index for x in images.split(max(batch_sizes))])
             costs[name] = by_exit[left.cpu()].mean().item()
@@ -148,18 +149,26 @@ def _percentile(times: Sequence[float], share: float) -> float:
     return sorted(times)[min(len(times) - 1, int(share * len(times)))]
 
 
-def halving_policy(model: MultiExitModel, images: torch.Tensor) -> ExitPolicy:
+def halving_policy(model: MultiExitModel, images: torch.Tensor, exits: Collection[int] | None = None) -> ExitPolicy:
     """Thresholds with which these images cost on average half of the last exit alone, by geometric exit fractions.
 
-    They are fixed on the images themselves, with or without labels: good for timing, worth nothing for accuracy.
+    They are fixed on the images themselves, without labels: good for timing, worth nothing for accuracy.
+
+    Args:
+        model: A network with exits.
+        images: (N, C, H, W).
+        exits: The exits that may answer, besides the last; all by default.
     """
-    size = tuple(images.shape[1:])
-    costs = torch.tensor(exit_flops(model, size, lazy=True), dtype=torch.float64)
+    size, last = tuple(images.shape[1:]), model.num_exits - 1
+    heads = sorted({*(range(last) if exits is None else exits), last})
+    costs = torch.tensor(exit_flops(model, size, lazy=True, heads=heads), dtype=torch.float64)
     with evaluating(model), torch.inference_mode():
         logits = torch.cat([torch.stack(model.forward_exits(x)) for x in images.split(128)], 1).float().cpu()
-    policies = [
-        ExitPolicy(find_thresholds(logits, geometric_exit_fractions(p / 50, model.num_exits))) for p in range(1, 151)
-    ]
+    policies = []
+    for p in range(1, 151):
+        fractions = torch.zeros(model.num_exits)
+        fractions[heads] = geometric_exit_fractions(p / 50, len(heads))
+        policies.append(ExitPolicy(find_thresholds(logits, fractions)))
     half = last_exit_flops(model, size) / 2
     return min(policies, key=lambda policy: abs(costs[policy.exit_index(logits)].mean().item() - half))
 

@@ -34,8 +34,8 @@ def fuse(model: Model) -> Model:
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     size = (fused.in_chans, *fused.pretrained_cfg["input_size"][1:])
     for conv, norm in _pairs(fused, size):
-        folded: Any = fuse_conv_bn_eval(fused.get_submodule(conv), fused.get_submodule(norm))
-        fused.set_submodule(conv, folded)
+        parts: Any = fused.get_submodule(conv), fused.get_submodule(norm)
+        fused.set_submodule(conv, fuse_conv_bn_eval(*parts))
         fused.set_submodule(norm, _after(fused.get_submodule(norm)))
     fused = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check(fused, model, size)

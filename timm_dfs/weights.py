@@ -11,7 +11,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from .factory import JOINT
 from .multi_exit import MultiExitModel
 from .objective import take_settings
-from .policy import ExitPolicy
+from .operating_points import check_preset
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -189,24 +189,29 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
 
 
 def check_presets(model: MultiExitModel, trained: dict) -> None:
-    """Drop presets that came with weights, whose ``model_args`` are ``trained``, where the model is another now."""
+    """Drop presets that came with weights, whose ``model_args`` are ``trained``, where they do not fit the model.
+
+    Raises:
+        ValueError: If one that did not come with weights does not fit.
+    """
+    came_with_weights = model.presets == trained.get("presets")
     changes = [
         what
         for what, changed in (
             ("classes", model.num_classes != model.pretrained_cfg.get("num_classes")),
-            (
-                "exits",
-                any(len(preset["thresholds"]) != model.num_exits for preset in trained.get("presets", {}).values()),
-            ),
             ("values", (model.referencing == "off") != (trained.get("referencing", model.referencing) == "off")),
             ("pooling", model.pool_type not in (None, trained.get("global_pool", "avg"))),
         )
         if changed
     ]
-    if changes and model.presets == trained.get("presets"):
+    if changes and came_with_weights:
         model.drop_presets(model.presets, f"the model's {' and '.join(changes)} are not those they were fitted to")
+    unfit = {}
     for name, preset in model.presets.items():
         try:
-            ExitPolicy.from_preset(preset).check_exits(model.num_exits)
+            check_preset(preset, model.num_exits)
         except ValueError as error:
-            raise ValueError(f"Preset {name!r}: {error}") from error
+            if not came_with_weights:
+                raise ValueError(f"Preset {name!r}: {error}") from error
+            unfit[name] = str(error).rstrip(".")
+    model.drop_presets(unfit, "; ".join(dict.fromkeys(unfit.values())))

@@ -12,6 +12,7 @@ import timm
 import typer
 from rich.console import Console
 from rich.table import Table
+from timm.models import is_model_pretrained
 
 from ..checkpoints import read_run
 from ..inference import resolve_policy
@@ -89,6 +90,11 @@ def create(
     return model.eval()
 
 
+def has_weights(name: str) -> bool:
+    """Whether a model of that name, or a checkpoint, comes with trained exits."""
+    return Path(name).is_file() or name.startswith(SOURCES) or is_model_pretrained(name)
+
+
 def _parse(pairs: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` pairs, values as Python literals or else text, as ``train.py`` reads them."""
     kwargs = {}
@@ -121,9 +127,9 @@ def saving(share: float) -> str:
 def make_table(*headers: str, title: str | None = None) -> Table:
     """A table whose columns of numbers (all but those with words) are flush right."""
     table = Table(title=title)
-    words = {"layer", "model", "weights", "input", "after", "answer", "photograph", "is a"}
+    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "photograph", "is a"}
     for header in headers:
-        table.add_column(header, justify="left" if header in words else "right")
+        table.add_column(header, justify="left" if header in words else "right", no_wrap=header == "answer")
     return table
 
 

@@ -1,59 +1,18 @@
 """``timm-dfs eval`` and ``conflict``: a model over a data set."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import track
 
-from ..checkpoints import read_run
 from ..conflict import GradientConflict, gradient_conflict
 from ..evaluate import anytime_accuracy, calibration_error, collect_logits
 from ..flops import exit_flops
 from ..images import dataset_loader
 from ..multi_exit import MultiExitModel
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
-
-Dataset = Annotated[
-    str | None,
-    typer.Option(help="As in timm's train.py, e.g. hfds/uoft-cs/cifar100; by default the checkpoint's own."),
-]
-DataDir = Annotated[Path | None, typer.Option(help="Root of the data set.")]
-InputKey = Annotated[str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")]
-TargetKey = Annotated[
-    str | None, typer.Option(help="Column of the labels in an hfds/ data set; else CIFAR-100's, fine_label.")
-]
-BatchSize = Annotated[int, typer.Option(min=1)]
-Workers = Annotated[int, typer.Option(min=0)]
-
-
-def _data(model_name: str, **given: Any) -> dict[str, Any]:
-    """Which data: as given, else as the checkpoint's run was validated on."""
-    run = read_run(Path(model_name)).dataset if Path(model_name).is_file() else {}
-    data = {key: given[key] or run.get(of) for key, of in _SAME.items()}
-    if not data["dataset"] and not data["root"]:
-        raise ValueError("Which data set? Give --dataset, as in timm's train.py, e.g. hfds/uoft-cs/cifar100.")
-    data["dataset"] = data["dataset"] or ""
-    data["split"] = data["split"] or "test"
-    data["root"] = str(data["root"]) if data["root"] else None
-    if data["dataset"].startswith("hfds/"):
-        try:
-            import datasets  # noqa: F401
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError("Hub data sets need the data extra: pip install 'timm-dfs[data]'.") from None
-        data["input_key"] = data["input_key"] or "img"
-        data["target_key"] = data["target_key"] or "fine_label"
-    return data
-
-
-_SAME = dict(dataset="dataset", root="data_dir", split="val_split", input_key="input_key", target_key="target_key")
-
-
-def _tracked(loader: Iterable, what: str) -> Iterable:
-    return track(loader, what, console=Console(stderr=True))
+from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
 
 
 @command("eval")
@@ -73,10 +32,10 @@ def evaluate_model(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, calibration and cost of every exit over a data set."""
-    where = _data(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
-    logits, targets = collect_logits(model, _tracked(loader, f"{model_name} on {where['split']}"))
+    logits, targets = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
     data: dict[str, Any] = dict(
         model=model_name,
         dataset=where["dataset"],
@@ -124,10 +83,10 @@ def show_conflict(
     as_json: AsJson = False,
 ) -> None:
     """How far the exits pull the weights they share apart. --model-kwargs beta=None: as joint training would."""
-    where = _data(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers, samples=batches * batch_size)
-    found = gradient_conflict(model, _tracked(loader, f"{model_name} on {where['split']}"))
+    found = gradient_conflict(model, tracked(loader, f"{model_name} on {where['split']}"))
     if plot is not None:
         _plot(found, plot, f"{model_name}, beta {model.beta}: cosine between exits' gradients")
     pairs = _pairs(model)

@@ -1,6 +1,5 @@
 """``timm-dfs list``, ``info`` and ``flops``: what there is."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import timm
@@ -9,7 +8,18 @@ from timm.models import is_model_pretrained
 
 from ..flops import exit_flops, last_exit_flops
 from ..models.dfs_twins import BASES, PREFIX
-from .base import SOURCES, AsJson, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
+from .base import (
+    AsJson,
+    ModelKwargs,
+    ModelName,
+    command,
+    console,
+    create,
+    has_weights,
+    make_table,
+    millions,
+    print_json,
+)
 
 
 @command("list")
@@ -51,12 +61,12 @@ def list_models(
 @command("info")
 def show_info(model_name: ModelName, model_kwargs: ModelKwargs = None, as_json: AsJson = False) -> None:
     """A model's exits, settings, size and presets."""
-    has_weights = Path(model_name).is_file() or model_name.startswith(SOURCES) or is_model_pretrained(model_name)
-    model = create(model_name, pretrained=has_weights, model_kwargs=model_kwargs)
+    weights = has_weights(model_name)
+    model = create(model_name, pretrained=weights, model_kwargs=model_kwargs)
     costs = exit_flops(model)
     data: dict[str, Any] = dict(
         model=model_name,
-        weights=has_weights,
+        weights=weights,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         classes=model.num_classes,
         input_size=model.pretrained_cfg["input_size"],

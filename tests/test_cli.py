@@ -387,3 +387,38 @@ def test_calibrate_does_not_fall_back_on_a_checkpoint_s_test_split(training_run,
 
 def test_calibrate_without_a_split_asks_for_one():
     assert_one_line(run("calibrate", "dfs_vgg7_cifar100", "--dataset", "hfds/x"), "--split")
+
+
+QUICK = (
+    "--seconds",
+    0,
+    "--batch-size",
+    2,
+    "--batch-size",
+    1,
+    "--model-kwargs",
+    "depths=[1,1]",
+    "--model-kwargs",
+    "widths=[4,8]",
+)
+
+
+def test_bench_times_every_way_on_noise():
+    data = run_json("bench", "dfs_vgg7_cifar100", *QUICK, "--thresholds", "0.0,0.0")
+    ways = ["last exit alone", "exit 0 alone", "as given", "half the cost"]
+    assert [(t["batch_size"], t["way"]) for t in data["timings"]] == [(size, way) for size in (1, 2) for way in ways]
+    assert data["images"] == "noise" and data["input_size"] == [3, 32, 32] and data["fused"]
+    result = run("bench", "dfs_vgg7_cifar100", *QUICK)
+    assert result.exit_code == 0 and "batch 1" in result.stdout and "achieved" in result.stdout
+    data = run_json("bench", "dfs_vgg7_cifar100", "--seconds", 0, "--batch-size", 2)
+    assert data["timings"][-1]["way"] == "half the cost, exits 0 and 2"
+
+
+def test_bench_takes_images_of_a_data_set_and_another_size(pictures):
+    data = run_json("bench", "dfs_vgg7_cifar100", *QUICK, "--dataset", f"hfds/{pictures}", "--size", 24)
+    assert data["images"].startswith("hfds/") and data["input_size"] == [3, 24, 24]
+
+
+def test_bench_refuses_a_batch_that_the_data_do_not_fill(pictures):
+    result = run("bench", "dfs_vgg7_cifar100", *QUICK, "--batch-size", 50, "--dataset", f"hfds/{pictures}")
+    assert_one_line(result, "6 images", "--batch-size")

@@ -65,9 +65,12 @@ def bench(
             model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key
         )
         loader = dataset_loader(model, **where, batch_size=64, workers=1, samples=count)
+        if len(loader.dataset) < max(sizes):  # type: ignore[arg-type]
+            raise ValueError(
+                f"There are {len(loader.dataset)} images for a batch of {max(sizes)}; "  # type: ignore[arg-type]
+                "give a smaller --batch-size."
+            )
         images = torch.cat([x for x, _ in tracked(loader, "images")])
-        if len(images) < max(sizes):
-            raise ValueError(f"{where['dataset']} has {len(images)} images; give a smaller --batch-size.")
     policies = {name: resolve_policy(model, name) for name in model.presets}
     if thresholds is not None:
         policies["as given"] = choose_policy(model, None, thresholds)
@@ -75,8 +78,9 @@ def bench(
         model = fuse(model)
         images = images.contiguous(memory_format=torch.channels_last)
     policies[HALF] = halving_policy(model, images)
-    few = (0, model.num_exits // 2)
-    policies[f"{HALF}, exits {few[0]} and {few[1]}"] = halving_policy(model, images, few)
+    if model.num_exits > 3:
+        few = (0, (model.num_exits - 1) // 2)
+        policies[f"{HALF}, exits {few[0]} and {few[1]}"] = halving_policy(model, images, few)
     timings = measure(model, images, policies, sizes, seconds)
     data: dict[str, Any] = dict(
         model=model_name,

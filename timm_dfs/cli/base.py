@@ -129,7 +129,7 @@ def make_table(*headers: str, title: str | None = None) -> Table:
     table = Table(title=title)
     words = {"layer", "preset", "model", "weights", "input", "after", "answer", "photograph", "is a"}
     for header in headers:
-        table.add_column(header, justify="left" if header in words else "right", no_wrap=header == "answer")
+        table.add_column(header, justify="left" if header in words else "right")
     return table
 
 

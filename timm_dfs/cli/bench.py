@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE
+from rich.table import Table
 
 from ..bench import LAST_EXIT, Timing, describe_machine, halving_policy, measure
 from ..fusion import fuse
@@ -100,11 +102,11 @@ def bench(
         console.print(f"[bold]Slower than the last exit alone[/]: {', '.join(slower)}.")
 
 
-def _table(batch_size: int, timings: list[Timing]):
+def _table(batch_size: int, timings: list[Timing]) -> Table:
     table = make_table(
-        "answer", "images/s", "p50, ms", "p95", "p99", "faster", "cheaper", "achieved",
-        title=f"batch {batch_size}",
-    )  # fmt: skip
+        "answer", "img/s", "p50 ms", "p95", "p99", "faster", "cheaper", "achieved", title=f"batch {batch_size}"
+    )
+    table.box = SIMPLE  # eight columns fit into 80 characters
     for t in timings:
         gains = ("", "", "") if t.way == LAST_EXIT else (f"{t.speedup:.2f}", f"{t.cost_ratio:.2f}", f"{t.achieved:.2f}")
         table.add_row(t.way, f"{t.images_per_second:.1f}", *(f"{ms:.1f}" for ms in (t.p50, t.p95, t.p99)), *gains)

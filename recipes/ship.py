@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import timm_dfs
-from timm_dfs import hub
+from timm_dfs import card, hub
 from timm_dfs.budget import BudgetPoint
 from timm_dfs.flops import last_exit_flops
 from timm_dfs.images import dataset_loader
@@ -106,7 +106,7 @@ def main() -> None:
         ).stdout.strip(),
     )
     (folder / hub.RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
-    hub.write_card(folder)
+    card.write_card(folder)
     final = HUB / run["model"]
     if final.exists():
         shutil.rmtree(final)

@@ -13,7 +13,7 @@ LAYERS = (  # lowest first
     {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"},
     {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped"},
     {"weights", "models.*"},
-    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"},
+    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "curve", "card", "demo"},
     {"cli.*"},
 )
 

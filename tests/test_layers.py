@@ -10,10 +10,36 @@ import timm_dfs
 PACKAGE = Path(timm_dfs.__file__).parent
 
 LAYERS = (  # lowest first
-    {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"},
+    {
+        "cifar100",
+        "partition",
+        "equilibrium",
+        "objective",
+        "policy",
+        "budget",
+        "factory",
+        "taps",
+        "remaining",
+        "downloads",
+    },
     {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped"},
-    {"weights", "models.*"},
-    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "curve", "card", "demo"},
+    {"sources", "weights", "models.*"},
+    {
+        "images",
+        "inference",
+        "evaluate",
+        "losses",
+        "aggregation",
+        "task",
+        "conflict",
+        "checkpoints",
+        "hub",
+        "curve",
+        "card",
+        "export",
+        "publish",
+        "demo",
+    },
     {"cli.*"},
 )
 

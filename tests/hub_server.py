@@ -16,8 +16,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.file_download
 import yaml
 from huggingface_hub import ModelCardData
 
@@ -176,24 +178,29 @@ class HubServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits for the client's delayed acknowledgement
     server: HubServer
 
     def log_message(self, *args):
         pass
 
     def do_POST(self):
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path) if "%2F" not in self.path else urlsplit(self.path).path
         for kind, method, pattern in ROUTES:  # noqa: B007
             match = re.fullmatch(pattern, path)
             if match and method == self.command:
                 break
         else:
+            self.body = self.read()
             return self.send(404, dict(error=f"no route {self.command} {path}"))
         self.server.seen.append(kind)
         if kind in ("lfs-upload", "lfs-download") and self.headers.get("Authorization"):
             self.server.told.append(kind)
         self.fault = self.server.take_fault(kind)
+        if self.fault and self.fault.reset and self.command == "PUT":
+            self.read(half=True)
+            return self.hang_up()
+        self.body = self.read()
         if self.fault and self.fault.status and not self.fault.after:
             return self.fail()
         if not kind.startswith("lfs-") or kind == "lfs-batch":
@@ -208,6 +215,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send(*answer)
 
     do_GET = do_HEAD = do_PUT = do_POST
+
+    def read(self, half=False):
+        length = int(self.headers.get("Content-Length", 0))
+        return self.rfile.read(length // 2 if half else length)
+
+    def hang_up(self):
+        """Lingering for no time, so that the client sees a reset and not an end."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     def fail(self):
         if self.fault.status == 401:  # as some servers do, hand the secret back
@@ -236,11 +253,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.reset:
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
-            # Linger for no time: the client sees a reset, not an end.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-            return
+            return self.hang_up()
         if fault and fault.trickle:
             step = max(1, len(body) // 20)
             for i in range(0, len(body), step):
@@ -430,3 +443,28 @@ def hub_server():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use(server, home, monkeypatch):
+    """Point huggingface_hub, in this process, at ``server``, with a cache of its own and no waiting between tries.
+
+    Returns:
+        The seconds that it wanted to wait, filled as it runs.
+    """
+    constants = dict(
+        ENDPOINT=server.url,
+        HUGGINGFACE_CO_URL_TEMPLATE=server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        HF_HUB_CACHE=str(home / "hub"),
+        HF_HUB_DISABLE_XET=True,
+        HF_HUB_OFFLINE=False,
+        HF_HUB_ETAG_TIMEOUT=5,
+        HF_HUB_DOWNLOAD_TIMEOUT=5,
+    )
+    for name, value in constants.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    waits = []
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+        quick = SimpleNamespace(**{**vars(time), "sleep": waits.append})
+        monkeypatch.setattr(module, "time", quick)
+    return waits

@@ -177,10 +177,11 @@ def _in_words(doing: str) -> Iterator[None]:
             remedy = _REMEDIES.get(status, "Run this again later." if status >= 500 else cause.server_message or "")
         elif isinstance(cause, HTTPError):
             what, remedy = f"the connection broke ({cause})", "Run this again."
-        elif isinstance(cause, KeyError):
+        elif isinstance(cause, (KeyError, json.JSONDecodeError)):
             what, remedy = "the Hub's answer was not understood", "Run this again later."
         else:
             what, remedy = " ".join(str(cause).split()), ""
         # None of the client's exceptions is kept: they carry requests, and those the token.
-        kind = ValueError if isinstance(cause, ValueError) and not isinstance(cause, OSError) else OSError
+        broken = isinstance(cause, (OSError, json.JSONDecodeError))
+        kind = ValueError if isinstance(cause, ValueError) and not broken else OSError
         raise kind(without_token(f"{doing} failed: {what}. {remedy}".strip())) from None

@@ -21,6 +21,7 @@ LAYERS = (  # lowest first
         "taps",
         "remaining",
         "downloads",
+        "version",
     },
     {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped"},
     {"sources", "weights", "models.*"},

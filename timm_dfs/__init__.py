@@ -11,9 +11,8 @@ from .multi_exit import MultiExitModel
 from .objective import Objective
 from .partition import Partition
 from .policy import ExitPolicy
+from .version import __version__ as __version__
 from .wrapped import MultiExit
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BudgetPoint",

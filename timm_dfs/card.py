@@ -115,6 +115,7 @@ def card(folder: Path) -> str:
         beta=None if beta == JOINT else beta,
         referencing=arguments["referencing"],
         training=training,
+        how=_how_trained(training),
         paper_epochs=data.paper_epochs,
         curve_file=CURVE_FILE,
         curve_alt="Top-1 accuracy against multiply-adds per image",
@@ -132,6 +133,11 @@ def card(folder: Path) -> str:
         versions=", ".join(f"{package} {version}" for package, version in training.get("versions", {}).items()),
         settings=[(key, _described(value)) for key, value in training.get("settings", {}).items()],
     )
+
+
+def _how_trained(training: dict[str, Any]) -> str:
+    parts = dict(samples="{:,} images of the training split", recipe="recipe `{}`", seed="seed {}")
+    return ", ".join(text.format(training[key]) for key, text in parts.items() if key in training)
 
 
 def _described(value: Any) -> str:

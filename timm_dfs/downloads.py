@@ -43,8 +43,9 @@ def fetch(repo: str, file: str, cache_dir: str | Path | None = None) -> Path:
     except LocalEntryNotFoundError as error:
         reason = without_token(" ".join(str(error.__cause__ or error).split()))
         raise FileNotFoundError(
-            f"{file} of {repo} is not in the cache, and the Hub did not give it ({reason}). Load it once with a connection (and "
-            f"without HF_HUB_OFFLINE); or give a folder, local-dir:…, or {HUB_VARIABLE}=folder for models by name."
+            f"{file} of {repo} is not in the cache, and the Hub did not give it ({reason}). Load it once with a "
+            f"connection (and without HF_HUB_OFFLINE); or give a folder, local-dir:…, "
+            f"or {HUB_VARIABLE}=folder for models by name."
         ) from error
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(f"The Hub repository {repo} has no {file}.") from error

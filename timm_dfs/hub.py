@@ -1,7 +1,10 @@
 """What is published of a model: one folder with weights, config, measured results, and what is made from them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -12,6 +15,18 @@ from .weights import CONFIG_FILE, WEIGHTS_FILE
 RESULTS_FILE = "results.json"
 CARD_FILE = "README.md"
 CURVE_FILE = "curve.svg"
+
+
+def load(name: str, **kwargs: Any) -> MultiExitModel:
+    """``timm.create_model`` with weights, in eval mode.
+
+    Raises:
+        ValueError: If the network has no exits.
+    """
+    model = timm.create_model(name, pretrained=True, **kwargs)
+    if not isinstance(model, MultiExitModel):
+        raise ValueError(f"{name} is a network without exits.")
+    return model.eval()
 
 
 def write_weights(model: MultiExitModel, folder: Path) -> None:
@@ -26,6 +41,11 @@ def write_weights(model: MultiExitModel, folder: Path) -> None:
             )
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     save_config_for_hf(model, str(folder / CONFIG_FILE))
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write what was measured."""
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def golden_batch(model: MultiExitModel) -> torch.Tensor:

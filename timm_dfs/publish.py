@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from .card import stale
 from .downloads import fetch, without_token
-from .hub import CARD_FILE, CURVE_FILE, RESULTS_FILE, golden_logits
+from .hub import CARD_FILE, CURVE_FILE, RESULTS_FILE, golden_logits, load
 from .multi_exit import MultiExitModel
 from .sources import CONFIG_FILE, WEIGHTS_FILE, check_config
 
@@ -61,7 +60,7 @@ def check_folder(folder: Path) -> MultiExitModel:
     config, results = (json.loads((folder / file).read_text()) for file in (CONFIG_FILE, RESULTS_FILE))
     name = results["model"]
     check_config(config, name, lambda _: len(results["flops"]), str(folder))
-    model = _load(f"local-dir:{folder}")
+    model = load(f"local-dir:{folder}")
     if model.num_exits != len(results["flops"]):
         raise ValueError(f"{folder}'s network has {model.num_exits} exits, its results {len(results['flops'])}.")
     if old := stale(folder):
@@ -142,7 +141,7 @@ def publish(
 def _compare(model: MultiExitModel, name: str) -> None:
     """Raise ``ValueError`` unless what is loaded by that name, past every cache, is ``model``."""
     with tempfile.TemporaryDirectory() as cache, _in_words("Downloading"):
-        again = _load(name, cache_dir=cache)
+        again = load(name, cache_dir=cache)
     ours, theirs = model.state_dict(), again.state_dict()
     different = [key for key in ours.keys() | theirs.keys() if not _same(ours.get(key), theirs.get(key))]
     if different:
@@ -153,13 +152,6 @@ def _compare(model: MultiExitModel, name: str) -> None:
 
 def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     return ours is not None and theirs is not None and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-
-def _load(name: str, **kwargs) -> MultiExitModel:
-    model = timm.create_model(name, pretrained=True, **kwargs)
-    if not isinstance(model, MultiExitModel):
-        raise ValueError(f"{name} is a network without exits.")
-    return model.eval()
 
 
 @contextmanager

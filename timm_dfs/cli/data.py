@@ -30,7 +30,7 @@ BatchSize = Annotated[int, typer.Option(min=1)]
 Workers = Annotated[int, typer.Option(min=0)]
 
 
-def _data(model_name: str, **given: Any) -> dict[str, Any]:
+def data_of(model_name: str, **given: Any) -> dict[str, Any]:
     """Which data: as given, else as the checkpoint's run was validated on."""
     run = read_run(Path(model_name)).dataset if Path(model_name).is_file() else {}
     data = {key: given[key] or run.get(of) for key, of in _SAME.items()}
@@ -52,7 +52,7 @@ def _data(model_name: str, **given: Any) -> dict[str, Any]:
 _SAME = dict(dataset="dataset", root="data_dir", split="val_split", input_key="input_key", target_key="target_key")
 
 
-def _tracked(loader: Iterable, what: str) -> Iterable:
+def tracked(loader: Iterable, what: str) -> Iterable:
     return track(loader, what, console=Console(stderr=True))
 
 
@@ -73,10 +73,10 @@ def evaluate_model(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, calibration and cost of every exit over a data set."""
-    where = _data(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
-    logits, targets = collect_logits(model, _tracked(loader, f"{model_name} on {where['split']}"))
+    logits, targets = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
     data: dict[str, Any] = dict(
         model=model_name,
         dataset=where["dataset"],
@@ -124,10 +124,10 @@ def show_conflict(
     as_json: AsJson = False,
 ) -> None:
     """How far the exits pull the weights they share apart. --model-kwargs beta=None: as joint training would."""
-    where = _data(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers, samples=batches * batch_size)
-    found = gradient_conflict(model, _tracked(loader, f"{model_name} on {where['split']}"))
+    found = gradient_conflict(model, tracked(loader, f"{model_name} on {where['split']}"))
     if plot is not None:
         _plot(found, plot, f"{model_name}, beta {model.beta}: cosine between exits' gradients")
     pairs = _pairs(model)

@@ -1,15 +1,22 @@
-"""``timm-dfs card`` and ``publish``: what is published of a model."""
+"""``timm-dfs card``, ``publish`` and ``export-hub``: what is published of a model."""
 
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..card import write_card
+from ..checkpoints import read_run
+from ..evaluate import collect_logits
+from ..export import base_model, export, trained_model, training_facts
 from ..hub import RESULTS_FILE
+from ..images import dataset_loader
+from ..multi_exit import MultiExitModel
 from ..publish import FILES, check_folder, publish
 from ..weights import packaged_folder
 from .base import command, console
+from .data import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
 
 Model = Annotated[str, typer.Argument(help="A model with packaged weights, or its folder.", metavar="MODEL")]
 
@@ -55,3 +62,41 @@ def publish_model(
     console.print(f"{repo} holds {folder.name}, at commit {done.commit}" + ("" if done.changed else ", as before"))
     if done.others:
         console.print(f"It also has {', '.join(done.others)}, which are not the folder's.")
+
+
+@command("export-hub")
+def export_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of train.py's, e.g. last.pth.tar.")],
+    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Split to fix thresholds on, not trained on; by default the run's validation split."),
+    ] = None,
+    test: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
+    batch_size: BatchSize = 128,
+    workers: Workers = 1,
+) -> None:
+    """From a checkpoint of train.py's to a folder that can be published: weights, presets, results, card."""
+    run = read_run(checkpoint)
+    where = data_of(
+        str(checkpoint), dataset=dataset, root=data_dir, split=held_out, input_key=input_key, target_key=target_key
+    )
+    held_out = where.pop("split")
+    if held_out == test:
+        raise ValueError(f"--held-out and --test are both {test}; thresholds fixed on the test split would flatter it.")
+
+    def collect(model: MultiExitModel, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        loader = dataset_loader(model, **where, split=split, batch_size=batch_size, workers=workers)
+        return collect_logits(model, tracked(loader, f"{run.model} on {split}"))
+
+    facts = dict(
+        dataset=(where["dataset"] or str(where["root"])).removeprefix("hfds/"),
+        training=training_facts(run, checkpoint),
+        **base_model(run, checkpoint),
+    )
+    export(trained_model(run, checkpoint), output.resolve(), collect, held_out, test, facts)
+    console.print(f"{output} is whole; 'timm-dfs publish {output} --repo user/name' uploads it")

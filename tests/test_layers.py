@@ -11,11 +11,11 @@ PACKAGE = Path(timm_dfs.__file__).parent
 
 LAYERS = (  # lowest first
     {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"}
-    | {"temperature", "threshold_search", "operating_points", "risk"},
+    | {"temperature", "threshold_search", "operating_points", "risk", "downloads", "version"},
     {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped", "fusion"},
-    {"weights", "models.*"},
+    {"sources", "weights", "models.*"},
     {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"}
-    | {"presets", "bench"},
+    | {"presets", "bench", "curve", "card", "export", "publish"},
     {"cli.*"},
 )
 

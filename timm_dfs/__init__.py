@@ -22,9 +22,8 @@ from .policy import ExitPolicy
 from .presets import fit_presets, write_presets
 from .risk import bound_risk, control_risk
 from .temperature import fit_temperatures
+from .version import __version__ as __version__
 from .wrapped import MultiExit
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BudgetPoint",

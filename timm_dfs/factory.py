@@ -1,4 +1,4 @@
-"""How ``beta=None`` reaches a model through ``timm.create_model``.
+"""What ``timm.create_model`` is taught: ``beta=None``, and to check what it reads from the Hub.
 
 timm drops keyword arguments that are None before it calls an entrypoint, so ``beta=None``, joint training,
 would silently give the default beta. Callers (``train.py`` among them) have often imported ``create_model``
@@ -11,10 +11,13 @@ from typing import Any
 
 from timm import models
 
+from .downloads import fetch
+
 JOINT = "joint"
 """``beta=None`` as it travels through timm, and in a ``config.json``'s ``model_args``."""
 
-_FOREIGN_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+_HUB = ("hf-hub:", "hf_hub:")
+_FOREIGN_SOURCES = (*_HUB, "local-dir:")
 
 
 def spell_joint(model_name: str, kwargs: dict) -> dict:
@@ -39,6 +42,8 @@ def install() -> None:
     original.__kwdefaults__ = create_model.__kwdefaults__
 
     def create(model_name, *args, **kwargs):
+        if model_name.startswith(_HUB):  # before timm reads it: a damaged config must not stay in the cache
+            fetch(model_name.partition(":")[2], "config.json", kwargs.get("cache_dir"))
         return original(model_name, *args, **spell_joint(model_name, kwargs))
 
     def shim(model_name, *args, **kwargs):

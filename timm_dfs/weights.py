@@ -12,9 +12,7 @@ from .factory import JOINT
 from .multi_exit import MultiExitModel
 from .objective import take_settings
 from .operating_points import check_preset
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+from .sources import CONFIG_FILE, WEIGHTS_FILE, find_trained
 
 _PAPER = dict(
     license="apache-2.0",
@@ -38,6 +36,12 @@ def packaged_folder(name: str) -> Path | None:
         if (hub / name / WEIGHTS_FILE).is_file() and (hub / name / CONFIG_FILE).is_file():
             return hub / name
     return None
+
+
+def packaged_file(name: str) -> Path | None:
+    """The weights in :func:`packaged_folder`."""
+    folder = packaged_folder(name)
+    return folder / WEIGHTS_FILE if folder else None
 
 
 def packaged_names() -> set[str]:
@@ -90,7 +94,13 @@ def build_model(
     """
     source, file = "", None
     if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        given_cfg, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+        cfg = resolve_pretrained_cfg(variant, given_cfg, overlay)
+        trained = find_trained(variant, cfg, overlay, packaged_file(variant), num_exits, kwargs.get("cache_dir"))
+        if trained is not None:
+            kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), **trained.overlay}
+            kwargs = {**trained.model_args, "pretrained_model_args": trained.model_args, **kwargs}
+            cfg = resolve_pretrained_cfg(variant, given_cfg, kwargs["pretrained_cfg_overlay"])
         source = _source(cfg)
         if not source:
             raise ValueError(

@@ -19,7 +19,8 @@ from ..encoders import WithClassifier, is_encoder
 from ..exit_points import stages
 from ..factory import JOINT
 from ..objective import take_settings
-from ..weights import WEIGHTS_FILE, check_presets, fit_checkpoint, packaged_folder, packaged_model_args, packaged_names
+from ..sources import WEIGHTS_FILE, find_trained
+from ..weights import check_presets, fit_checkpoint, packaged_file, packaged_folder, packaged_model_args, packaged_names
 from ..wrapped import MultiExit
 
 PREFIX = "dfs_"
@@ -77,6 +78,12 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     given_cfg, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(name, given_cfg, overlay)
     tag = given_cfg if isinstance(given_cfg, str) else None
+    if pretrained and (
+        found := find_trained(name, cfg, overlay, packaged_file(name), _num_exits, kwargs.get("cache_dir"))
+    ):
+        overlay = {**(overlay or {}), **found.overlay}
+        kwargs = {**found.model_args, "pretrained_model_args": found.model_args, **kwargs}
+        cfg = resolve_pretrained_cfg(name, given_cfg, overlay)
     trained = (cfg.hf_hub_id if cfg.source == "hf-hub" else None) or cfg.state_dict or cfg.file or cfg.url
     if pretrained and trained:
         if packaged := packaged_model_args(cfg.file):
@@ -126,6 +133,11 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     check_presets(model, trained_args)
     model.train_for(objective)
     return model
+
+
+def _num_exits(model_args: dict[str, Any]) -> int | None:
+    exits = model_args.get("exits")
+    return len(exits) + 1 if isinstance(exits, (list, tuple)) else exits
 
 
 def _bases_own(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""Weights from the Hub: what is named is what is loaded, whatever fails; a stranger's repository is refused."""
+
+import json
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from helpers import CLASSES, PRESETS, published, settled, twin
+from hub_server import Fault, Repository, hub_server, use
+
+import timm_dfs  # noqa: F401
+
+NAME = "dfs_vgg7_cifar100"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    return published(tmp_path_factory.mktemp("hub") / NAME)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with hub_server() as server:
+        use(server, tmp_path, monkeypatch)
+        yield server
+
+
+def put(server, repo, folder, **files):
+    """A repository with a folder's files, some of them others."""
+    contents = {file.name: file.read_bytes() for file in folder.iterdir()} | files
+    server.repositories[repo] = Repository(private=False)
+    server.repositories[repo].commit("main", {name: data for name, data in contents.items() if data is not None}, "put")
+
+
+def config(folder, change):
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    return {"config.json": json.dumps(content).encode()}
+
+
+def same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.fixture
+def model(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+# Where weights by name come from.
+
+
+@pytest.mark.parametrize("name", ["hf-hub:us/vgg", "hf-hub:us/vgg@main", NAME])
+def test_a_model_of_the_hubs_comes_with_its_weights_settings_and_presets(name, folder, model, server, monkeypatch):
+    put(server, f"us/{NAME}", folder)
+    put(server, "us/vgg", folder)
+    monkeypatch.setenv("TIMM_DFS_HUB", "us")
+    again = timm.create_model(name, pretrained=True)
+    assert same(again, model) and again.presets == PRESETS and again.num_classes == CLASSES
+
+
+def test_the_variable_may_name_a_folder_of_model_folders(folder, model, server, monkeypatch):
+    monkeypatch.setenv("TIMM_DFS_HUB", str(folder.parent))
+    again = timm.create_model(NAME, pretrained=True)
+    assert same(again, model) and again.presets == PRESETS and server.seen == []
+
+
+def test_the_variable_wins_over_packaged_weights_and_loses_to_a_named_file(tmp_path, folder, model, monkeypatch):
+    assert timm.create_model("dfs_msdnet_cifar100", pretrained=True).presets
+    monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"TIMM_DFS_HUB.*unset it"):
+        timm.create_model("dfs_msdnet_cifar100", pretrained=True)
+    overlay = dict(file=str(folder / "model.safetensors"), num_classes=CLASSES)
+    settings = dict(depths=(1, 2), widths=(6, 8), num_classes=CLASSES)
+    assert same(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **settings), model)
+
+
+def test_a_repository_named_in_the_pretrained_config_is_used_where_nothing_is_packaged(folder, model, server):
+    put(server, "us/vgg", folder)
+    again = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id="us/vgg"))
+    assert same(again, model) and again.presets == PRESETS
+
+
+def test_no_model_of_ours_points_to_a_repository_that_we_do_not_own():
+    for name in timm.list_models("dfs_*"):
+        assert timm.get_pretrained_cfg(name).hf_hub_id is None, name
+
+
+def test_the_callers_settings_win_over_the_repositorys(folder, server):
+    put(server, "us/vgg", folder)
+    assert timm.create_model("hf-hub:us/vgg", pretrained=True, beta=0.25).beta == 0.25
+    with pytest.warns(UserWarning, match="Dropped the presets fast"):
+        assert timm.create_model("hf-hub:us/vgg", pretrained=True, num_classes=3).num_classes == 3
+
+
+def test_a_twin_comes_from_the_hub_with_its_exits(tmp_path, server, monkeypatch):
+    base = settled(twin(presets=PRESETS))
+    folder = published(tmp_path / "dfs_test_resnet", base)
+    put(server, "us/dfs_test_resnet", folder)
+    monkeypatch.setenv("TIMM_DFS_HUB", "us")
+    local = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    for name in ("hf-hub:us/dfs_test_resnet", "dfs_test_resnet"):
+        again = timm.create_model(name, pretrained=True)
+        assert same(again, local) and again.presets == PRESETS and again.exit_points == base.exit_points
+
+
+def test_timms_own_models_load_from_the_hub_as_ever(tmp_path, server):
+    plain = timm.create_model("test_resnet", num_classes=3)
+    timm.models.save_for_hf(plain, tmp_path / "plain", safe_serialization=True)
+    put(server, "them/plain", tmp_path / "plain")
+    assert same(timm.create_model("hf-hub:them/plain", pretrained=True), plain)
+
+
+# Offline.
+
+
+def test_offline_a_warm_cache_is_enough(folder, model, server, monkeypatch):
+    put(server, "us/vgg", folder)
+    timm.create_model("hf-hub:us/vgg", pretrained=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    server.seen.clear()
+    assert same(timm.create_model("hf-hub:us/vgg", pretrained=True), model) and server.seen == []
+
+
+@pytest.mark.parametrize("name", ["hf-hub:us/vgg", NAME])
+def test_offline_a_cold_cache_says_what_to_do(name, server, monkeypatch):
+    monkeypatch.setenv("TIMM_DFS_HUB", "us")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"not in the cache.*with a connection.*local-dir"):
+        timm.create_model(name, pretrained=True)
+
+
+# Strangers.
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(architecture="resnet18"), f"holds a resnet18, not a {NAME}"),
+        (lambda c: c.update(architecture="dfs_resnet18_cifar100"), f"holds a dfs_resnet18_cifar100, not a {NAME}"),
+        (lambda c: c.pop("architecture"), "names no architecture"),
+        (lambda c: c["model_args"].update(depths=[2, 2]), "4 exits"),
+        (lambda c: c["model_args"].update(depths=[2, 2], presets={}), "do not fit"),
+        (lambda c: c["model_args"]["presets"]["fast"].update(thresholds=[0.5, 0.0]), "2 thresholds"),
+        (lambda c: c["model_args"]["presets"]["fast"].update(thresholds=[0.5, 7, 0.0]), "threshold 7"),
+        (lambda c: c["model_args"]["presets"]["fast"].update(thresholds=[0.5, -1, 0.0]), "threshold -1"),
+        (lambda c: c["model_args"]["presets"]["fast"].update(confidence="fame"), "fame"),
+        (lambda c: c["model_args"].update(checkpoint_path="/etc/passwd"), "only the caller"),
+        (lambda c: c["model_args"].update(pretrained_cfg_overlay=dict(file="/x")), "only the caller"),
+    ],
+)
+def test_a_repository_that_is_not_what_it_is_called_is_refused(change, words, folder, server, monkeypatch):
+    monkeypatch.setenv("TIMM_DFS_HUB", "squatter")
+    put(server, f"squatter/{NAME}", folder, **config(folder, change))
+    with pytest.raises(ValueError, match=words):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_a_config_that_is_no_json_is_refused(folder, server, monkeypatch):
+    monkeypatch.setenv("TIMM_DFS_HUB", "squatter")
+    put(server, f"squatter/{NAME}", folder, **{"config.json": b"<html>"})
+    with pytest.raises(ValueError, match="no JSON"):
+        timm.create_model(NAME, pretrained=True)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.pth", "model.pth"])
+def test_no_pickle_is_loaded_from_the_hub(file, folder, model, server, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "x.bin")
+    pickled = {file: (tmp_path / "x.bin").read_bytes(), "model.safetensors": None}
+    put(server, "us/vgg", folder, **pickled)
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors.*hf_hub_filename"):
+        timm.create_model("hf-hub:us/vgg", pretrained=True)
+    asked_in_config = config(folder, lambda c: c["pretrained_cfg"].update(hf_hub_filename=file, custom_load="hf"))
+    put(server, "us/vgg", folder, **pickled, **asked_in_config)
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        timm.create_model("hf-hub:us/vgg", pretrained=True)
+
+
+class Attack:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+def test_a_pickle_that_is_asked_for_is_read_as_tensors_only(folder, model, server, tmp_path):
+    trace = tmp_path / "was_here"
+    for name, content in (("good", model.state_dict()), ("evil", dict(state_dict=model.state_dict(), x=Attack(trace)))):
+        torch.save(content, tmp_path / f"{name}.bin")
+        put(server, f"us/{name}", folder, **{"pytorch_model.bin": (tmp_path / f"{name}.bin").read_bytes()})
+    asked = dict(pretrained_cfg_overlay=dict(hf_hub_filename="pytorch_model.bin"))
+    assert same(timm.create_model("hf-hub:us/good", pretrained=True, **asked), model)
+    with pytest.raises(ValueError, match="tensors only"):
+        timm.create_model("hf-hub:us/evil", pretrained=True, **asked)
+    assert not trace.exists()
+
+
+# Faults.
+
+FAULTS = {
+    "401": Fault(status=401),
+    "403": Fault(status=403),
+    "404": Fault(status=404),
+    "409": Fault(status=409),
+    "429": Fault(status=429, headers={"Retry-After": "7"}),
+    "500": Fault(status=500),
+    "reset": Fault(reset=True),
+    "truncated": Fault(truncate=True),
+    "checksum": Fault(corrupt=True),
+    "trickle": Fault(trickle=0.002),
+}
+REQUESTS = ("head", "download", "lfs-download")
+CASES = [
+    (fault, kind)
+    for kind in REQUESTS
+    for fault in FAULTS
+    if kind != "head" or fault not in ("truncated", "checksum", "trickle", "reset")  # it has no body
+]
+
+
+@pytest.mark.parametrize(("fault", "kind"), CASES)
+def test_a_download_that_fails_leaves_nothing_half_and_a_second_one_succeeds(
+    fault, kind, folder, model, server, record_property
+):
+    put(server, "us/vgg", folder)
+    server.faults[kind] = Fault(**vars(FAULTS[fault]))
+    try:
+        assert same(timm.create_model("hf-hub:us/vgg", pretrained=True), model)
+        outcome = "loaded"
+    except (OSError, ValueError) as error:
+        outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    record_property("outcome", outcome)
+    assert (outcome == "loaded") == (fault == "trickle"), outcome
+    server.faults.clear()
+    again = timm.create_model("hf-hub:us/vgg", pretrained=True)
+    assert same(again, model) and again.presets == PRESETS
+
+
+@pytest.mark.parametrize("fault", ["401", "404", "429", "500"])
+def test_with_a_warm_cache_a_hub_in_trouble_is_not_noticed(fault, folder, model, server):
+    put(server, "us/vgg", folder)
+    timm.create_model("hf-hub:us/vgg", pretrained=True)
+    server.faults["head"] = FAULTS[fault]
+    assert same(timm.create_model("hf-hub:us/vgg", pretrained=True), model)
+
+
+def test_a_connection_that_breaks_once_is_resumed_where_it_broke(folder, model, server):
+    put(server, "us/vgg", folder)
+    server.faults["lfs-download"] = Fault(reset=True, times=1)
+    assert same(timm.create_model("hf-hub:us/vgg", pretrained=True), model)
+    assert server.seen.count("lfs-download") == 2

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from timm_dfs import export
 from timm_dfs.checkpoints import TrainingRun
 from timm_dfs.cli import app
+from timm_dfs.policy import CONFIDENCES
+from timm_dfs.presets import NAMED, fit_presets
 from timm_dfs.publish import check_folder
 
 
@@ -60,7 +62,7 @@ def test_a_checkpoint_becomes_a_folder_that_can_be_published(checkpoint, tmp_pat
     done = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0)
     assert done.exit_code == 0, done.output
     model = check_folder(tmp_path / "mine")
-    assert model.beta == 0.25 and model.num_classes == 10 and set(model.presets) == {"balanced"}
+    assert model.beta == 0.25 and model.num_classes == 10 and set(model.presets) == {"accurate", "balanced", "fast"}
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "Trained for 3 epochs" in card and "recipe `mine.yaml`, seed 7" in card and "| `lr` | 0.1 |" in card
     assert run("publish", tmp_path / "mine", "--repo", "me/mine", "--dry-run").exit_code == 0
@@ -107,7 +109,15 @@ def test_a_twin_that_started_from_timms_weights_names_them(model, started, expec
     assert export.base_model(TrainingRun(model), tmp_path / "last.pth.tar") == expected
 
 
-def test_the_balanced_point_is_the_cheapest_that_is_as_accurate_as_the_last_exit():
-    easy = torch.tensor([[[9.0, 0.0]] * 4, [[9.0, 0.0]] * 4])  # both exits are sure and right
-    point = export.balanced((easy, torch.zeros(4, dtype=torch.int64)), [1, 10])
-    assert point.average_flops == 1
+def test_the_points_shipped_are_by_the_confidence_with_which_they_cost_least():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(5, (400,), generator=generator)
+    logits = torch.randn(3, 400, 5, generator=generator)
+    logits += torch.tensor([1.0, 2.0, 3.0])[:, None, None] * torch.nn.functional.one_hot(targets, 5)
+    found = export.operating_points((logits, targets), [1, 2, 4], dataset="made up", split="validation")
+    costs = {
+        name: [point.average_flops for point in fit_presets((logits, targets), [1, 2, 4], confidence=name).values()]
+        for name in CONFIDENCES
+    }
+    assert [point.average_flops for point in found.values()] == min(costs.values(), key=sum)
+    assert set(found) == set(NAMED) and all(point.fitted_on.dataset == "made up" for point in found.values())

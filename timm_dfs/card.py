@@ -126,7 +126,7 @@ def card(folder: Path) -> str:
         example_thresholds=[0.9] * (len(exits) - 1) + [0.0],
         test=results["test"],
         held_out=results.get("held_out"),
-        choice=results.get("balanced"),
+        largest_losses=results.get("largest_losses"),
         data=data,
         whole=results["last_exit_flops"],
         base_model=results.get("base_model"),

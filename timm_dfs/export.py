@@ -15,20 +15,17 @@ import torch
 import yaml
 
 from . import hub
-from .budget import BudgetPoint, budgeted_batch
+from .budget import budgeted_batch
 from .card import write_card
 from .checkpoints import TrainingRun
 from .evaluate import anytime_accuracy, calibration_error
 from .flops import exit_flops, last_exit_flops
 from .models.dfs_twins import BASES, PREFIX
 from .multi_exit import MultiExitModel
-from .policy import ExitPolicy
+from .operating_points import OperatingPoint, measure_policy
+from .policy import CONFIDENCES
+from .presets import NAMED, fit_presets
 from .version import __version__
-
-BALANCED = (
-    "the cheapest of 40 points with geometric exit fractions that is at least as accurate as the last exit on those "
-    "images, or the most accurate where none is"
-)
 
 _SETTINGS = (
     "opt",
@@ -77,9 +74,8 @@ def export(
     shipped = hub.load(f"local-dir:{new}")
     lazy = exit_flops(model, lazy=True)
     val, tested = collect(shipped, held_out), collect(shipped, test)
-    point = balanced(val, lazy)
-    thresholds = [None if value == float("inf") else value for value in point.thresholds[:-1]] + [0.0]
-    model.presets = {"balanced": dict(thresholds=thresholds, confidence="max_prob")}
+    points = operating_points(val, lazy, dataset=facts["dataset"], split=held_out)
+    model.presets = {name: point.preset() for name, point in points.items()}
     hub.write_weights(model, new)
     curve = budgeted_batch(val, tested, lazy)
     results = dict(
@@ -88,12 +84,12 @@ def export(
         flops_lazy=lazy,
         last_exit_flops=last_exit_flops(model),
         golden_logits=hub.golden_logits(shipped),
-        balanced=BALANCED,
+        largest_losses=NAMED,
         held_out=dict(split=held_out, **accuracy(val)),
         test=dict(
             split=test,
             **accuracy(tested),
-            presets={name: measure(ExitPolicy(**preset), tested, lazy) for name, preset in model.presets.items()},
+            presets={name: measured(point, tested, lazy) for name, point in points.items()},
             budgeted_batch=[dict(average_flops=p.average_flops, top1=p.accuracy) for p in curve],
         ),
         **facts,
@@ -116,27 +112,16 @@ def accuracy(split: Split) -> dict[str, Any]:
     )
 
 
-def balanced(val: Split, flops: list[int]) -> BudgetPoint:
-    """What :data:`BALANCED` says, on the held-out split."""
-    last = anytime_accuracy(*val)[-1].item()
-    curve = budgeted_batch(val, val, flops)
-    return min(
-        (point for point in curve if point.accuracy >= last),
-        key=lambda point: point.average_flops,
-        default=max(curve, key=lambda point: point.accuracy),
-    )
+def operating_points(val: Split, flops: list[int], dataset: str, split: str) -> dict[str, OperatingPoint]:
+    """The named points, by the confidence with which they cost least on the held-out split."""
+    found = [fit_presets(val, flops, confidence=name, dataset=dataset, split=split) for name in CONFIDENCES]
+    return min(found, key=lambda points: sum(point.average_flops for point in points.values()))
 
 
-def measure(policy: ExitPolicy, test: Split, flops: list[int]) -> dict[str, Any]:
-    """A policy's accuracy, cost and use of the exits."""
-    logits, targets = test
-    exits = policy.exit_index(logits)
-    answers = logits.argmax(-1).gather(0, exits[None])[0]
-    return dict(
-        top1=100 * (answers == targets).double().mean().item(),
-        average_flops=torch.tensor(flops, dtype=torch.float64)[exits].mean().item(),
-        exit_shares=(torch.bincount(exits, minlength=len(flops)) / len(exits)).tolist(),
-    )
+def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, Any]:
+    """A point's accuracy, cost and use of the exits."""
+    found = measure_policy(point, test, flops)
+    return dict(top1=found.accuracy, average_flops=found.average_flops, exit_shares=list(found.exit_shares))
 
 
 def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ LAYERS = (  # lowest first
         "card",
         "export",
         "publish",
+        "space",
         "demo",
     },
     {"cli.*"},

@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 import traceback
 
 import pytest
@@ -296,6 +298,25 @@ def test_another_network_gets_other_golden_logits_and_is_whole_too(tmp_path):
     check_folder(published(tmp_path, settled(tiny_resnet())))
     joint = settled(tiny_vgg(beta=None, presets={"all": dict(thresholds=[0.2, 0.2, 0.0])}))
     assert check_folder(published(tmp_path / "joint", joint)).beta is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["preupload", "lfs-upload", "commit", "lfs-download"])
+def test_a_process_that_is_killed_leaves_the_old_or_the_new_state_and_a_second_one_finishes(kind, whole, tmp_path):
+    with hub_server() as server:
+        env = dict(os.environ, HF_ENDPOINT=server.url, HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path), HF_TOKEN=TOKEN)
+        command = [sys.executable, "-m", "timm_dfs.cli", "publish", str(whole), "--repo", REPO]
+        server.faults[kind] = Fault(trickle=2)  # the answer takes long enough to die in it
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while kind not in server.seen and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        server.faults.clear()
+        assert remote(server) in ({}, contents(whole))
+        again = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert remote(server) == contents(whole) and len(server.repositories[REPO].history()) == 2
 
 
 @pytest.mark.slow

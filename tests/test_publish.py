@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from helpers import PRESETS, published, settled, tiny_resnet, tiny_vgg
 from hub_server import TOKEN, Fault, Repository, hub_server, use
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -22,6 +24,7 @@ from timm_dfs.cli import app
 from timm_dfs.publish import FILES, check_folder, publish
 
 REPO = "someone/tiny"
+SHIPPED = Path(__file__).parent.parent / "hub" / "dfs_msdnet_cifar100"
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,17 @@ def test_metadata_that_the_hub_refuses_changes_nothing(whole, server, monkeypatc
     with pytest.raises(ValueError, match="license is unknown"):
         publish(whole, REPO)
     assert remote(server) == {}
+
+
+def test_a_cards_metadata_passes_huggingface_hubs_validator_and_a_spoilt_one_does_not(server):
+    card = ModelCard.load(SHIPPED / "README.md", ignore_metadata_errors=False)
+    card.validate()
+    assert server.seen == ["validate-yaml"]
+    spoilt = ModelCard(card.content)
+    for good, bad in (("license: apache-2.0", "license: [1]"), ("value: ", "value: x")):
+        spoilt.content = card.content.replace(good, bad)
+        with pytest.raises(ValueError, match=r"license is|value is"):
+            spoilt.validate()
 
 
 # Faults. Each stays for a whole run; then it is lifted and publishing is repeated.

@@ -206,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         if not kind.startswith("lfs-") or kind == "lfs-batch":
             if self.headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
                 return self.send(401, dict(error=f"bad credentials: {self.headers['Authorization']}"))
-            if self.command in ("POST", "PUT") and self.headers.get("Authorization") is None:
+            if self.command == "POST" and kind != "validate-yaml" and self.headers.get("Authorization") is None:
                 return self.send(401, dict(error="log in"))
         with self.server.lock:
             answer = getattr(self, kind.replace("-", "_"))(**match.groupdict())

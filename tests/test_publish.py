@@ -3,15 +3,19 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from helpers import PRESETS, published, settled, tiny_resnet, tiny_vgg
 from hub_server import TOKEN, Fault, Repository, hub_server, use
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -20,6 +24,7 @@ from timm_dfs.cli import app
 from timm_dfs.publish import FILES, check_folder, publish
 
 REPO = "someone/tiny"
+SHIPPED = Path(__file__).parent.parent / "hub" / "dfs_msdnet_cifar100"
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +206,17 @@ def test_metadata_that_the_hub_refuses_changes_nothing(whole, server, monkeypatc
     assert remote(server) == {}
 
 
+def test_a_cards_metadata_passes_huggingface_hubs_validator_and_a_spoilt_one_does_not(server):
+    card = ModelCard.load(SHIPPED / "README.md", ignore_metadata_errors=False)
+    card.validate()
+    assert server.seen == ["validate-yaml"]
+    spoilt = ModelCard(card.content)
+    for good, bad in (("license: apache-2.0", "license: [1]"), ("value: ", "value: x")):
+        spoilt.content = card.content.replace(good, bad)
+        with pytest.raises(ValueError, match=r"license is|value is"):
+            spoilt.validate()
+
+
 # Faults. Each stays for a whole run; then it is lifted and publishing is repeated.
 
 FAULTS = {
@@ -296,6 +312,25 @@ def test_another_network_gets_other_golden_logits_and_is_whole_too(tmp_path):
     check_folder(published(tmp_path, settled(tiny_resnet())))
     joint = settled(tiny_vgg(beta=None, presets={"all": dict(thresholds=[0.2, 0.2, 0.0])}))
     assert check_folder(published(tmp_path / "joint", joint)).beta is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["preupload", "lfs-upload", "commit", "lfs-download"])
+def test_a_process_that_is_killed_leaves_the_old_or_the_new_state_and_a_second_one_finishes(kind, whole, tmp_path):
+    with hub_server() as server:
+        env = dict(os.environ, HF_ENDPOINT=server.url, HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path), HF_TOKEN=TOKEN)
+        command = [sys.executable, "-m", "timm_dfs.cli", "publish", str(whole), "--repo", REPO]
+        server.faults[kind] = Fault(trickle=2)  # the answer takes long enough to die in it
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while kind not in server.seen and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        server.faults.clear()
+        assert remote(server) in ({}, contents(whole))
+        again = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert remote(server) == contents(whole) and len(server.repositories[REPO].history()) == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The command line, ``timm-dfs``. Each file's commands register themselves."""
 
-from . import bench, calibrate, data, images, models, scripts  # noqa: F401
+from . import bench, calibrate, data, images, models, report, scripts  # noqa: F401
 from .base import app
 
 

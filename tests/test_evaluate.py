@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_dfs import anytime_accuracy, calibration_error, collect_logits
+from timm_dfs.evaluate import reliability, risk_coverage
 
 
 def random_case(seed, exits=3, samples=40, classes=6):
@@ -165,3 +166,50 @@ def test_targets_that_are_no_classes_are_refused(targets):
 def test_nan_logits_have_no_accuracy():
     with pytest.raises(ValueError, match="not finite"):
         anytime_accuracy(torch.full((3, 2, 5), float("nan")), torch.tensor([0, 0]))
+
+
+# Reliability, and risk against coverage.
+
+
+@given(st.integers(0, 10_000), st.integers(1, 20))
+def test_reliability_is_what_a_loop_over_samples_counts(seed, bins):
+    logits, targets = random_case(seed)
+    found = reliability(logits, targets, bins)
+    confidence, answer = logits.softmax(-1).max(-1)
+    for k in range(3):
+        for b in range(bins):
+            inside = [i for i in range(40) if min(bins - 1, max(0, -(-confidence[k, i].item() * bins // 1) - 1)) == b]
+            assert found.share[k, b].item() == pytest.approx(len(inside) / 40)
+            if inside:
+                right = sum((answer[k, i] == targets[i]).item() for i in inside)
+                assert found.accuracy[k, b].item() == pytest.approx(right / len(inside))
+                assert found.confidence[k, b].item() == pytest.approx(confidence[k, inside].mean().item(), rel=1e-5)
+            else:
+                assert found.accuracy[k, b].isnan() and found.confidence[k, b].isnan()
+
+
+@given(st.integers(0, 10_000))
+def test_risk_at_a_coverage_is_the_error_of_those_as_sure(seed):
+    logits, targets = random_case(seed)
+    logits = logits.round()  # ties
+    confidence, answer = logits.softmax(-1).max(-1)
+    wrong = (answer != targets).double()
+    for k, (coverage, risk) in enumerate(risk_coverage(logits, targets)):
+        thresholds = sorted(set(confidence[k].tolist()), reverse=True)
+        assert len(thresholds) == len(coverage) == len(risk)
+        for threshold, share, errors in zip(thresholds, coverage.tolist(), risk.tolist()):
+            answered = confidence[k] >= threshold
+            assert share == pytest.approx(answered.double().mean().item())
+            assert errors == pytest.approx(wrong[k][answered].mean().item())
+
+
+def test_the_risk_of_all_samples_is_the_error():
+    logits, targets = random_case(0)
+    errors = [100 * (1 - risk[-1].item()) for _, risk in risk_coverage(logits, targets)]
+    assert errors == pytest.approx(anytime_accuracy(logits, targets).tolist())
+
+
+@pytest.mark.parametrize("function", [reliability, risk_coverage])
+def test_no_sample_has_no_reliability(function):
+    with pytest.raises(ValueError, match="at least one sample"):
+        function(torch.zeros(2, 0, 3), torch.zeros(0, dtype=torch.int64))

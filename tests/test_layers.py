@@ -15,7 +15,7 @@ LAYERS = (  # lowest first
     {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped", "fusion"},
     {"sources", "weights", "models.*"},
     {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"}
-    | {"presets", "bench", "curve", "card", "export", "publish", "space"},
+    | {"presets", "bench", "curve", "card", "export", "publish", "space", "report.*"},
     {"cli.*"},
 )
 

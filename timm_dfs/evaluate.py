@@ -1,6 +1,7 @@
 """What each exit is worth over a whole data set."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -72,14 +73,72 @@ def calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 1
     Raises:
         ValueError: If shapes disagree, there is no sample, or ``bins`` is not positive.
     """
+    found = reliability(logits, targets, bins)
+    gap = (found.accuracy - found.confidence).abs() * found.share
+    return gap.nansum(1).float()
+
+
+class Reliability(NamedTuple):
+    """What each exit is right about, by how sure it is.
+
+    Attributes:
+        share: Share of the samples in each bin of confidence (E, bins).
+        accuracy: Share of those that are right (E, bins); NaN where there are none.
+        confidence: Their mean confidence (E, bins); NaN where there are none.
+    """
+
+    share: torch.Tensor
+    accuracy: torch.Tensor
+    confidence: torch.Tensor
+
+
+def reliability(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> Reliability:
+    """A reliability diagram of each exit (Guo et al., ICML 2017, section 2).
+
+    Args:
+        logits: Logits (E, N, C).
+        targets: Targets (N,).
+        bins: Number of equally wide bins of confidence, the largest softmax probability; each holds its upper end.
+
+    Raises:
+        ValueError: If shapes disagree, there is no sample, or ``bins`` is not positive.
+    """
     _check(logits, targets)
     if bins < 1:
         raise ValueError(f"bins is {bins}; give at least 1.")
     confidence, answer = logits.softmax(-1, dtype=torch.float32).max(-1)
-    gap = (answer == targets).float() - confidence
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    per_bin = torch.zeros(len(logits), bins).scatter_add_(1, index, gap)
-    return per_bin.abs().sum(1) / logits.shape[1]
+    count, right, sure = (
+        torch.zeros(len(logits), bins, dtype=torch.float64).scatter_add_(1, index, values.double())
+        for values in (torch.ones_like(confidence), answer == targets, confidence)
+    )
+    return Reliability(count / len(targets), right / count, sure / count)
+
+
+def risk_coverage(logits: torch.Tensor, targets: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """How often each exit errs that answers only what it is surest of (Geifman and El-Yaniv, NeurIPS 2017, section 2).
+
+    Args:
+        logits: Logits (E, N, C).
+        targets: Targets (N,).
+
+    Returns:
+        For each exit coverage and risk, shares in float64: one value for each different confidence, the largest softmax
+        probability, from the surest samples alone to all of them. Samples that are equally sure come together.
+
+    Raises:
+        ValueError: If shapes disagree or there is no sample.
+    """
+    _check(logits, targets)
+    confidence, answer = logits.softmax(-1, dtype=torch.float32).max(-1)
+    wrong = (answer != targets).double()
+    answered = torch.arange(1, len(targets) + 1, dtype=torch.float64)
+    curves = []
+    for sure, errors in zip(confidence, wrong, strict=True):
+        order = sure.argsort(descending=True)
+        last = torch.cat([sure[order].diff() != 0, torch.tensor([True])])
+        curves.append(((answered / len(targets))[last], (errors[order].cumsum(0) / answered)[last]))
+    return curves
 
 
 def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:

@@ -68,6 +68,14 @@ def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([transform(image) for image in images]).to(next(model.parameters()))
 
 
+def as_pictures(model: MultiExitModel, images: torch.Tensor) -> list[Image.Image]:
+    """What a batch (B, C, H, W) prepared for ``model`` looks like: normalisation undone, RGB or grey."""
+    config = _data_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    pixels = ((images.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
+    return [Image.fromarray(each[..., 0] if model.in_chans == 1 else each) for each in pixels]
+
+
 def dataset_loader(
     model: MultiExitModel,
     dataset: str,

@@ -1,0 +1,141 @@
+"""``timm-dfs report``: a page with what a model is worth, to look at."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..bench import Timing, measure
+from ..evaluate import collect_logits
+from ..fusion import fuse
+from ..images import dataset_loader
+from ..inference import resolve_policy
+from ..multi_exit import MultiExitModel
+from ..report import About, check_new, find, require_matplotlib, strip, training_of, write_report
+from .base import (
+    DEFAULT_PRESET,
+    AsJson,
+    Checkpoint,
+    ModelKwargs,
+    ModelName,
+    command,
+    console,
+    create,
+    labels_of,
+    print_json,
+)
+from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
+
+TIMED = (1, 64)
+"""Batch sizes: the least that one can wait for, and enough to fill a processor."""
+
+
+@command("report")
+def report(
+    model_name: ModelName,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to measure on; by default the checkpoint's validation split, or test.")
+    ] = None,
+    val_split: Annotated[
+        str | None,
+        typer.Option(help="Split held out of training, e.g. 'train[45000:]': draws the curve of early exit, too."),
+    ] = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
+    output: Annotated[Path, typer.Option(help="A new folder for the page and its figures.")] = Path("report"),
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure each batch size's time; 0: do not.")] = 10,
+    batch_size: BatchSize = 128,
+    workers: Workers = 1,
+    checkpoint: Checkpoint = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on test data and make a page of it: index.html, which needs nothing else, and its figures.
+
+    Accuracy against cost, who leaves where, reliability, risk against coverage, time, images by exit, and where early
+    exit loses. Operating points are the model's presets; see timm-dfs calibrate.
+    """
+    require_matplotlib()
+    check_new(output)
+    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    _check_val_split(val_split, where["split"])
+    training, epochs = training_of(model_name, checkpoint)
+    model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    name = where["dataset"].removeprefix("hfds/") or where["root"]
+    _check_presets(model, name, where["split"])
+    loading: dict[str, Any] = dict(batch_size=batch_size, workers=workers)
+    val_loader = dataset_loader(model, **{**where, "split": val_split}, **loading) if val_split else None
+    loader = dataset_loader(model, **where, **loading)
+    test = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
+    val = collect_logits(model, tracked(val_loader, f"{model_name} on {val_split}")) if val_loader else None
+    findings = find(model, test, val, name)
+    chosen = DEFAULT_PRESET if DEFAULT_PRESET in findings.points else next(iter(findings.points), None)
+    timings, notes = _time(model, loader, findings.samples, seconds) if seconds else ([], [])
+    files = write_report(
+        output,
+        findings,
+        About(model_name, name, where["split"], val_split, training, epochs),
+        timings,
+        chosen,
+        strip(model, loader.dataset, test[0], findings.points[chosen].exit_index, labels_of(model)) if chosen else [],
+        notes,
+    )
+    if as_json:
+        return print_json(
+            dict(
+                model=model_name,
+                dataset=name,
+                split=where["split"],
+                samples=findings.samples,
+                files=list(map(str, files)),
+                points={name: asdict(point.measured) for name, point in findings.points.items()},
+                curve=[dict(average_flops=p.average_flops, accuracy=p.accuracy) for p in findings.curve],
+                timings=list(map(asdict, timings)),
+            )
+        )
+    console.print(f"Written to {files[0]}, its figures beside it: {', '.join(file.name for file in files[1:])}.")
+    if not findings.points:
+        console.print(f"{model_name} has no operating points; timm-dfs calibrate fits some.")
+    if not findings.curve:
+        console.print("No curve of early exit: its thresholds need --val-split, a split held out of training.")
+
+
+def _check_val_split(val_split: str | None, split: str) -> None:
+    if val_split is None:
+        return
+    if val_split == split or val_split.partition("[")[0] == "test":
+        raise ValueError(
+            f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that is neither "
+            "measured on nor test, held out of training, e.g. 'train[45000:]'."
+        )
+
+
+def _check_presets(model: MultiExitModel, dataset: str, split: str) -> None:
+    """Presets are not measured on what they were fitted to, as far as the model says what that was."""
+    for name, preset in model.presets.items():
+        source = preset.get("fitted_on", {})
+        if (source.get("dataset"), source.get("split")) == (dataset, split):
+            raise ValueError(
+                f"The preset {name!r} was fitted on {split} of {dataset}, which would flatter it; give another --split."
+            )
+
+
+def _time(model: MultiExitModel, loader: Any, samples: int, seconds: float) -> tuple[list[Timing], list[str]]:
+    """How fast the model is on images drawn at random, and what the reader must know of it."""
+    sizes = [size for size in TIMED if size <= samples]
+    count = min(samples, max(128, max(sizes)))
+    drawn = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[:count].tolist()
+    images = torch.stack([loader.dataset[i][0] for i in drawn])
+    notes = []
+    try:
+        network = fuse(model)
+        images = images.contiguous(memory_format=torch.channels_last)
+    except ValueError as error:
+        network = model
+        notes.append(f"Times are of the network as it is: {error}")
+    policies = {name: resolve_policy(model, name) for name in model.presets}
+    return measure(network, images, policies, sizes, seconds), notes

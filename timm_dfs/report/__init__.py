@@ -1,0 +1,31 @@
+"""A report of a network with exits: one HTML page to look at, and its figures as SVG and PNG."""
+
+from .about import About, training_of
+from .figures import Drawing, draw, require_matplotlib
+from .findings import ExitAlone, Findings, Point, find
+from .losses import where_it_loses
+from .page import PAGE, check_new, render, write_report
+from .pictures import Answered, Picture, strip
+from .published import Published, published_results
+
+__all__ = [
+    "PAGE",
+    "About",
+    "Answered",
+    "Drawing",
+    "ExitAlone",
+    "Findings",
+    "Picture",
+    "Point",
+    "Published",
+    "check_new",
+    "draw",
+    "find",
+    "published_results",
+    "render",
+    "require_matplotlib",
+    "strip",
+    "training_of",
+    "where_it_loses",
+    "write_report",
+]

@@ -1,0 +1,84 @@
+"""What a report is about: the network, the data, the machine, the training."""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ..bench import describe_machine
+from ..checkpoints import read_run
+from ..hub import RESULTS_FILE
+from ..weights import packaged_folder
+
+
+@dataclass(frozen=True)
+class About:
+    """What a report's figures are of.
+
+    Attributes:
+        model: As the command line names it.
+        dataset: Likewise.
+        split: The split measured on.
+        val_split: The split that thresholds of the curve are from, if there is a curve.
+        training: How the weights were trained, in words; empty if nothing tells.
+        epochs: For how many epochs, if something tells.
+        command: What made the report.
+        machine: Processor, threads and versions.
+        versions: More of them.
+        date: When, in UTC.
+    """
+
+    model: str
+    dataset: str
+    split: str
+    val_split: str | None = None
+    training: str = ""
+    epochs: int | None = None
+    command: str = ""
+    machine: str = field(default_factory=describe_machine)
+    versions: str = field(default_factory=lambda: _versions())
+    date: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
+
+
+def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, int | None]:
+    """How a model's weights were trained, in words, and for how many epochs; ``("", None)`` where nothing tells.
+
+    What tells is a checkpoint of ``train.py``'s, or the results beside packaged weights or in a model's folder.
+
+    Raises:
+        ValueError: If the results cannot be read.
+    """
+    if checkpoint is not None:
+        return "", None
+    if Path(model_name).is_file():
+        epochs = read_run(Path(model_name)).epoch + 1
+        return f"a checkpoint of train.py's after {_epochs(epochs)}", epochs
+    if model_name.startswith("local-dir:"):
+        folder: Path | None = Path(model_name.removeprefix("local-dir:"))
+    else:
+        folder = packaged_folder(model_name.partition(".")[0])
+    if folder is None or not (folder / RESULTS_FILE).is_file():
+        return "", None
+    try:
+        training = json.loads((folder / RESULTS_FILE).read_text())["training"]
+        epochs = int(training["epochs"])
+        samples, recipe, hardware = int(training["samples"]), training["recipe"], training["hardware"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Cannot read how the weights were trained from {folder / RESULTS_FILE} ({type(error).__name__}: {error}); "
+            "take the file away, or write it anew."
+        ) from error
+    return f"{_epochs(epochs)} on {samples:,} images, recipe {recipe}, {hardware}", epochs
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
+
+
+def _versions() -> str:
+    import matplotlib
+
+    own = sys.modules[__name__.partition(".")[0]].__version__  # the package's __init__ is above every layer
+    return f"Python {platform.python_version()}, timm_dfs {own}, matplotlib {matplotlib.__version__}"

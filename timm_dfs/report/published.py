@@ -1,0 +1,53 @@
+"""What others published of the same network on the same data set, to draw beside what is measured."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_FILE = Path(__file__).with_name("published.json")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published accuracy and cost of one network on one data set's test samples.
+
+    Attributes:
+        title: What they are of.
+        dataset: The data set's name, lower case, letters and figures only.
+        classes: How many it has.
+        epochs: How long the networks were trained.
+        source: Where the figures are from.
+        cost: What its costs count.
+        flops_M: Millions of multiply-adds up to and including each exit (E,).
+        exits: Top-1 of each exit, percent, by method (E,).
+        budgeted_batch_M: Mean cost in millions and top-1 in percent, by method.
+    """
+
+    title: str
+    dataset: str
+    classes: int
+    epochs: int
+    source: str
+    cost: str
+    flops_M: list[float]
+    exits: dict[str, list[float]]
+    budgeted_batch_M: dict[str, list[list[float]]]
+
+
+def published_results(dataset: str, classes: int, flops: Sequence[float]) -> Published | None:
+    """What was published of a network, recognised by its costs, on a data set, recognised by its name.
+
+    Args:
+        dataset: Name or path of the data set, as in ``--dataset``.
+        classes: How many classes the network tells apart.
+        flops: ``exit_flops(model)``, which counts batch norm where published figures count ReLU and pooling: an exit
+            is the published one if its cost differs by less than 1 %.
+    """
+    name = "".join(filter(str.isalnum, dataset.lower()))
+    for entry in json.loads(_FILE.read_text()):
+        found = Published(**entry)
+        if found.dataset in name and found.classes == classes and len(found.flops_M) == len(flops):
+            if all(abs(ours / (1e6 * theirs) - 1) < 0.01 for ours, theirs in zip(flops, found.flops_M)):
+                return found
+    return None

@@ -13,7 +13,7 @@ from ..fusion import fuse
 from ..images import dataset_loader
 from ..inference import resolve_policy
 from ..multi_exit import MultiExitModel
-from ..report import About, check_new, find, require_matplotlib, strip, training_of, write_report
+from ..report import About, check_new, find, require_plots, strip, training_of, write_report
 from .base import (
     DEFAULT_PRESET,
     AsJson,
@@ -59,7 +59,7 @@ def report(
     Accuracy against cost, who leaves where, reliability, risk against coverage, time, images by exit, and where early
     exit loses. Operating points are the model's presets; see timm-dfs calibrate.
     """
-    require_matplotlib()
+    require_plots()
     check_new(output)
     where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
     _check_val_split(val_split, where["split"])

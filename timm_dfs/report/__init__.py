@@ -1,9 +1,9 @@
 """A report of a network with exits: one HTML page to look at, and its figures as SVG and PNG."""
 
 from .about import About, training_of
-from .figures import Drawing, draw, require_matplotlib
+from .drawbacks import where_it_loses
+from .figures import Drawing, draw, require_plots
 from .findings import ExitAlone, Findings, Point, find
-from .losses import where_it_loses
 from .page import PAGE, check_new, render, write_report
 from .pictures import Answered, Picture, strip
 from .published import Published, published_results
@@ -23,7 +23,7 @@ __all__ = [
     "find",
     "published_results",
     "render",
-    "require_matplotlib",
+    "require_plots",
     "strip",
     "training_of",
     "where_it_loses",

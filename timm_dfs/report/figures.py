@@ -87,7 +87,7 @@ class Drawing:
         return files
 
 
-def require_matplotlib() -> None:
+def require_plots() -> None:
     """Raise ``ModuleNotFoundError`` with the remedy where figures cannot be drawn."""
     try:
         import jinja2  # noqa: F401
@@ -104,7 +104,7 @@ def draw(findings: Findings, timings: Sequence[Timing] = ()) -> dict[str, Drawin
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    require_matplotlib()
+    require_plots()
     wanted: list[tuple[str, Callable[[Any, Any], str], Any, float]] = [
         ("accuracy-cost", _accuracy_cost, findings, 4.2),
         ("reliability", _reliability, findings, 0.6 + 1.45 * -(-len(findings.exits) // 3)),
@@ -211,10 +211,18 @@ def _static_exits(axes: Axes, flops: Sequence[float], findings: Findings, label:
     colours = exit_colours(len(findings.exits))
     costs, accuracies = [cost / 1e6 for cost in flops], [alone.accuracy for alone in findings.exits]
     axes.plot(costs, accuracies, color=colours[len(colours) // 2], linewidth=1, alpha=0.5, marker="o", label=label)
-    axes.scatter(costs, accuracies, s=130, c=colours, zorder=3)
     for k, (cost, accuracy) in enumerate(zip(costs, accuracies)):
+        height = 3 + k / len(costs)  # an exit hides the one before it, number and all
+        axes.scatter(cost, accuracy, s=130, color=colours[k], zorder=height)
         axes.annotate(
-            str(k), (cost, accuracy), ha="center", va="center_baseline", color="white", fontsize=8, weight="bold"
+            str(k),
+            (cost, accuracy),
+            ha="center",
+            va="center_baseline",
+            color="white",
+            fontsize=8,
+            weight="bold",
+            zorder=height,
         )
 
 

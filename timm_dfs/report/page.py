@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..bench import LAST_EXIT, Timing
 from .about import About
+from .drawbacks import where_it_loses
 from .figures import Drawing, draw
 from .findings import Findings
-from .losses import where_it_loses
 from .pictures import Answered
 from .theme import EARLY, NEUTRAL, exit_colours
 
@@ -83,6 +83,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["millions"] = lambda count: f"{count / 1e6:,.1f}"
+    environment.filters["words"] = lambda label: label.replace("_", " ")  # so that it can go on in the next line
     environment.filters["svg"] = lambda drawing: Markup(drawing.inline())
     return environment.get_template("page.html").render(
         about=about,

@@ -190,7 +190,7 @@ def test_a_batch_is_answered_as_its_samples_are(model, batch):
         alone = predict(model, batch[row : row + 1], policy)
         assert alone.exit_index.item() == together.exit_index[row]
         # Norms that know four images only blow rounding up, to logits of dozens in the deepest networks.
-        tolerance = max(1e-4, 5e-4 * together.logits[row].abs().max().item())
+        tolerance = max(1e-4, 1e-3 * together.logits[row].abs().max().item())
         assert torch.allclose(alone.logits[0], together.logits[row], atol=tolerance, rtol=0)
         assert torch.allclose(answers[alone.exit_index.item(), row], together.logits[row], atol=tolerance, rtol=0)
 

@@ -111,7 +111,7 @@ SMALLEST = {
 """By module of timm's."""
 
 SIZES = {"byoanet": 256, "crossvit": 240, "deepseek_vit": 112, "efficientformer": 224, "inception_resnet_v2": 96}
-SIZES |= {"inception_v3": 96, "inception_v4": 96}
+SIZES |= {"inception_v3": 160, "inception_v4": 160}
 """Of images, where a network does not take :data:`SIZE`."""
 
 SIZE = 64
@@ -148,7 +148,8 @@ def model(module, batch):
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = 1.0
     with torch.no_grad():
-        model.train().forward_exits(batch)
+        known = images(4 * BATCH, size=batch.shape[-1])  # fewer make for variances so small that rounding shows
+        model.train().forward_exits(known)
         model.eval()
         for head, logits in zip(model.heads, model.forward_exits(batch)):
             head.fc.weight.div_(spread := (logits - logits.mean(0)).std())
@@ -189,10 +190,8 @@ def test_a_batch_is_answered_as_its_samples_are(model, batch):
     for row in range(BATCH):
         alone = predict(model, batch[row : row + 1], policy)
         assert alone.exit_index.item() == together.exit_index[row]
-        # Norms that know four images only blow rounding up, to logits of dozens in the deepest networks.
-        tolerance = max(1e-4, 1e-3 * together.logits[row].abs().max().item())
-        assert torch.allclose(alone.logits[0], together.logits[row], atol=tolerance, rtol=0)
-        assert torch.allclose(answers[alone.exit_index.item(), row], together.logits[row], atol=tolerance, rtol=0)
+        assert torch.allclose(alone.logits[0], together.logits[row], atol=1e-4, rtol=1e-4)
+        assert torch.allclose(answers[alone.exit_index.item(), row], together.logits[row], atol=1e-4, rtol=1e-4)
 
 
 def test_losses_reach_the_channels_of_an_exit_feature_as_the_design_says(model, batch):

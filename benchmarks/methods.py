@@ -20,7 +20,7 @@ import torch
 from common import METHODS, Trainer, peak_memory
 
 import timm_dfs
-from timm_dfs.bench import describe_machine
+from timm_dfs.machine import describe_machine
 
 HELD_OUT = 5000
 

@@ -24,7 +24,7 @@ from common import METHODS, Trainer, peak_memory
 from official import official_networks
 
 import timm_dfs
-from timm_dfs.bench import describe_machine
+from timm_dfs.machine import describe_machine
 from timm_dfs.partition import PartitionedConv2d
 
 BATCH_SIZES = {"dfs_vgg7_cifar100": 200, "dfs_vgg16_imagenet": 8, "dfs_resnet18_cifar100": 64}

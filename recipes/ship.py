@@ -18,6 +18,7 @@ import timm_dfs
 from timm_dfs import export
 from timm_dfs.checkpoints import read_run
 from timm_dfs.images import dataset_loader
+from timm_dfs.machine import processor
 
 HUB = Path(__file__).parent.parent / "hub"
 
@@ -48,7 +49,7 @@ def main() -> None:
         export.training_facts(of_checkpoint, checkpoint),
         recipe=args.recipe.name,
         samples=len(datasets.load_dataset(run["dataset"].removeprefix("hfds/"), split=run["train_split"])),
-        hardware=f"{torch.get_num_threads()} threads of {export.processor()}",
+        hardware=f"{torch.get_num_threads()} threads of {processor()}",
     )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)

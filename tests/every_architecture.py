@@ -17,7 +17,6 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_dfs  # noqa: F401  registers the twins
 from timm_dfs import exit_points
 from timm_dfs.exit_points import BATCH, without_data
 from timm_dfs.models.dfs_twins import BASES

@@ -27,6 +27,13 @@ TOKEN = "hf_localhostSecretToken0123456789"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth")
 
 
+class Missing(Exception):
+    """What was asked for is not there, or not for the one who asks."""
+
+    def __init__(self, what, code):
+        self.what, self.code = what, code
+
+
 @dataclass
 class Fault:
     """What goes wrong, on the next ``times`` requests of a kind.
@@ -49,6 +56,21 @@ class Fault:
     trickle: float = 0.0
     headers: dict = field(default_factory=dict)
     times: float = float("inf")
+
+
+FAULTS = {
+    "401": Fault(status=401),
+    "403": Fault(status=403),
+    "404": Fault(status=404),
+    "409": Fault(status=409),
+    "429": Fault(status=429, headers={"Retry-After": "7"}),
+    "500": Fault(status=500),
+    "reset": Fault(reset=True),
+    "truncated": Fault(truncate=True),
+    "checksum": Fault(corrupt=True),
+    "trickle": Fault(trickle=0.002),
+}
+"""Those that any request may meet."""
 
 
 @dataclass
@@ -209,7 +231,10 @@ class Handler(BaseHTTPRequestHandler):
             if self.command == "POST" and kind != "validate-yaml" and self.headers.get("Authorization") is None:
                 return self.send(401, dict(error="log in"))
         with self.server.lock:
-            answer = getattr(self, kind.replace("-", "_"))(**match.groupdict())
+            try:
+                answer = getattr(self, kind.replace("-", "_"))(**match.groupdict())
+            except Missing as missing:
+                answer = 404, dict(error=f"{missing.what} not found"), {"X-Error-Code": missing.code}
         if self.fault and self.fault.after and self.fault.status:
             return self.fail()
         self.send(*answer)
@@ -276,30 +301,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, name):
         found = self.server.repositories.get(name)
-        if found and found.private and self.headers.get("Authorization") is None:
-            return None
+        if found is None or (found.private and self.headers.get("Authorization") is None):
+            raise Missing("Repository", "RepoNotFound")
         return found
 
-    MISSING_REPOSITORY = 404, dict(error="Repository not found"), {"X-Error-Code": "RepoNotFound"}
-    MISSING_REVISION = 404, dict(error="Revision not found"), {"X-Error-Code": "RevisionNotFound"}
-
-    def info(self, repo, revision="main"):
+    def at(self, repo, revision):
+        """The repository, and its commit of that name."""
         found = self.repository(repo)
-        if found is None:
-            return self.MISSING_REPOSITORY
         commit = found.at(unquote(revision))
         if commit is None:
-            return self.MISSING_REVISION
+            raise Missing("Revision", "RevisionNotFound")
+        return found, commit
+
+    def info(self, repo, revision="main"):
+        found, commit = self.at(repo, revision)
         files = [dict(rfilename=path) for path in sorted(commit.files)]
         return 200, dict(id=repo, modelId=repo, sha=commit.oid, private=found.private, siblings=files, tags=[])
 
     def tree(self, repo, revision):
-        found = self.repository(repo)
-        if found is None:
-            return self.MISSING_REPOSITORY
-        commit = found.at(unquote(revision))
-        if commit is None:
-            return self.MISSING_REVISION
+        _, commit = self.at(repo, revision)
         rows = []
         for path, data in sorted(commit.files.items()):
             row = dict(type="file", path=path, size=len(data), oid=git_oid(pointer(data) if is_lfs(path) else data))
@@ -311,8 +331,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def branch(self, repo, revision):
         found = self.repository(repo)
-        if found is None:
-            return self.MISSING_REPOSITORY
         if unquote(revision) in found.branches:
             return 409, dict(error="Reference already exists")
         found.branches[unquote(revision)] = found.branches["main"]
@@ -324,12 +342,7 @@ class Handler(BaseHTTPRequestHandler):
         return (400 if errors else 200), answer
 
     def preupload(self, repo, revision):
-        found = self.repository(repo)
-        if found is None:
-            return self.MISSING_REPOSITORY
-        commit = found.at(unquote(revision))
-        if commit is None:
-            return self.MISSING_REVISION
+        _, commit = self.at(repo, revision)
         files = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
@@ -373,11 +386,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo, revision):
         found = self.repository(repo)
-        if found is None:
-            return self.MISSING_REPOSITORY
         branch = unquote(revision)
         if branch not in found.branches:
-            return self.MISSING_REVISION
+            raise Missing("Revision", "RevisionNotFound")
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = lines[0]["value"]
         if header.get("parentCommit") not in (None, found.branches[branch]):
@@ -397,12 +408,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, dict(success=True, commitOid=commit.oid, commitUrl=f"{self.server.url}/{repo}/commit/{commit.oid}")
 
     def resolve(self, repo, revision, path):
-        found = self.repository(repo)
-        if found is None:
-            return self.MISSING_REPOSITORY
-        commit = found.at(unquote(revision))
-        if commit is None:
-            return self.MISSING_REVISION
+        _, commit = self.at(repo, revision)
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
             return 404, dict(error="Entry not found"), {**headers, "X-Error-Code": "EntryNotFound"}

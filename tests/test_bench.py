@@ -7,8 +7,9 @@ import torch
 from helpers import TINY, images, recorded_heads, settled, wrapped
 
 from timm_dfs import ExitPolicy, exit_flops, predict
-from timm_dfs.bench import LAST_EXIT, describe_machine, halving_policy, measure
+from timm_dfs.bench import LAST_EXIT, exits_logits, halving_policy, measure
 from timm_dfs.flops import last_exit_flops
+from timm_dfs.machine import describe_machine
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_heads_that_nobody_computes_cost_nothing(model):
 @pytest.mark.parametrize("exits", [None, (0,), (1,)])
 def test_the_halving_policy_halves_the_cost(exits):
     model, batch = settled(wrapped("NLC", exits=4)), images(64, size=64)
-    policy = halving_policy(model, batch, exits)
+    policy = halving_policy(model, exits_logits(model, batch), (3, 64, 64), exits)
     answering = (0, 1, 2, 3) if exits is None else (*exits, 3)
     assert set(policy.answering) <= set(answering)
     costs = torch.tensor(exit_flops(model, (3, 64, 64), lazy=True, heads=policy.answering)).double()

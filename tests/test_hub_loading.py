@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from helpers import CLASSES, PRESETS, published, settled, twin
-from hub_server import Fault, Repository, hub_server, use
+from hub_server import FAULTS, Fault, Repository, hub_server, use
 
 import timm_dfs  # noqa: F401
 
@@ -201,18 +201,6 @@ def test_a_pickle_that_is_asked_for_is_read_as_tensors_only(folder, model, serve
 
 # Faults.
 
-FAULTS = {
-    "401": Fault(status=401),
-    "403": Fault(status=403),
-    "404": Fault(status=404),
-    "409": Fault(status=409),
-    "429": Fault(status=429, headers={"Retry-After": "7"}),
-    "500": Fault(status=500),
-    "reset": Fault(reset=True),
-    "truncated": Fault(truncate=True),
-    "checksum": Fault(corrupt=True),
-    "trickle": Fault(trickle=0.002),
-}
 REQUESTS = ("head", "download", "lfs-download")
 CASES = [
     (fault, kind)

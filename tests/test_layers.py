@@ -11,7 +11,7 @@ PACKAGE = Path(timm_dfs.__file__).parent
 
 LAYERS = (  # lowest first
     {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"}
-    | {"temperature", "threshold_search", "operating_points", "risk", "downloads", "version"},
+    | {"temperature", "threshold_search", "operating_points", "risk", "downloads", "version", "machine"},
     {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped", "fusion"},
     {"sources", "weights", "models.*"},
     {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"}

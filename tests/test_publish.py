@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from helpers import PRESETS, published, settled, tiny_resnet, tiny_vgg
-from hub_server import TOKEN, Fault, Repository, hub_server, use
+from hub_server import FAULTS, TOKEN, Fault, Repository, hub_server, use
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -219,19 +219,7 @@ def test_a_cards_metadata_passes_huggingface_hubs_validator_and_a_spoilt_one_doe
 
 # Faults. Each stays for a whole run; then it is lifted and publishing is repeated.
 
-FAULTS = {
-    "401": Fault(status=401),
-    "403": Fault(status=403),
-    "404": Fault(status=404),
-    "409": Fault(status=409),
-    "429": Fault(status=429, headers={"Retry-After": "7"}),
-    "500": Fault(status=500),
-    "500 after": Fault(status=500, after=True),
-    "reset": Fault(reset=True),
-    "truncated": Fault(truncate=True),
-    "checksum": Fault(corrupt=True),
-    "trickle": Fault(trickle=0.002),
-}
+PUBLISHING = {**FAULTS, "500 after": Fault(status=500, after=True)}
 REQUESTS = (
     "create branch info validate-yaml preupload lfs-batch lfs-upload lfs-verify commit head download lfs-download"
 ).split()
@@ -242,7 +230,7 @@ MEANINGLESS = (
     | {("reset", "head")}
 )
 HARMLESS = {("truncated", "lfs-verify")}  # nobody reads that answer's body
-CASES = [(fault, kind) for kind in REQUESTS for fault in FAULTS if (fault, kind) not in MEANINGLESS]
+CASES = [(fault, kind) for kind in REQUESTS for fault in PUBLISHING if (fault, kind) not in MEANINGLESS]
 
 
 @pytest.mark.parametrize(("fault", "kind"), CASES, ids=lambda value: value.replace(" ", "-"))
@@ -251,7 +239,7 @@ def test_whatever_fails_leaves_the_old_or_the_new_state_and_a_second_run_finishe
 ):
     caplog.set_level(logging.DEBUG)
     before = contents(whole)
-    server.faults[kind] = Fault(**vars(FAULTS[fault]))
+    server.faults[kind] = Fault(**vars(PUBLISHING[fault]))
     try:
         publish(whole, REPO, revision="next")
         outcome = "done"
@@ -280,7 +268,7 @@ def test_whatever_fails_leaves_the_old_or_the_new_state_and_a_second_run_finishe
 @pytest.mark.parametrize("kind", ["preupload", "lfs-batch", "lfs-upload", "lfs-verify"])
 @pytest.mark.parametrize("fault", ["429", "500", "reset"])
 def test_a_fault_that_passes_is_waited_out_during_the_upload(fault, kind, whole, server):
-    server.faults[kind] = Fault(**{**vars(FAULTS[fault]), "times": 1})
+    server.faults[kind] = Fault(**{**vars(PUBLISHING[fault]), "times": 1})
     assert publish(whole, REPO).changed
     assert server.waits == ([8.0] if fault == "429" else [1])  # Retry-After and a second more, or the first back-off
 

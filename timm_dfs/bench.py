@@ -1,15 +1,12 @@
 """How fast early exit is, against the network without it and the network cut off at each exit."""
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import timm
 import torch
 
 from .budget import find_thresholds, geometric_exit_fractions
@@ -149,33 +146,32 @@ def _percentile(times: Sequence[float], share: float) -> float:
     return sorted(times)[min(len(times) - 1, int(share * len(times)))]
 
 
-def halving_policy(model: MultiExitModel, images: torch.Tensor, exits: Collection[int] | None = None) -> ExitPolicy:
-    """Thresholds with which these images cost on average half of the last exit alone, by geometric exit fractions.
+def exits_logits(model: MultiExitModel, images: torch.Tensor) -> torch.Tensor:
+    """Logits (E, N, C) of every exit for images (N, C, H, W), in float32 on the CPU."""
+    with evaluating(model), torch.inference_mode():
+        return torch.cat([torch.stack(model.forward_exits(x)) for x in images.split(128)], 1).float().cpu()
 
-    They are fixed on the images themselves, without labels: good for timing, worth nothing for accuracy.
+
+def halving_policy(
+    model: MultiExitModel, logits: torch.Tensor, input_size: Sequence[int], exits: Collection[int] | None = None
+) -> ExitPolicy:
+    """Thresholds with which images cost on average half of the last exit alone, by geometric exit fractions.
+
+    They are fixed on those images themselves, without labels: good for timing, worth nothing for accuracy.
 
     Args:
         model: A network with exits.
-        images: (N, C, H, W).
+        logits: The images' logits (E, N, C), from :func:`exits_logits`.
+        input_size: Their (channels, height, width).
         exits: The exits that may answer, besides the last; all by default.
     """
-    size, last = tuple(images.shape[1:]), model.num_exits - 1
+    last = model.num_exits - 1
     heads = sorted({*(range(last) if exits is None else exits), last})
-    costs = torch.tensor(exit_flops(model, size, lazy=True, heads=heads), dtype=torch.float64)
-    with evaluating(model), torch.inference_mode():
-        logits = torch.cat([torch.stack(model.forward_exits(x)) for x in images.split(128)], 1).float().cpu()
+    costs = torch.tensor(exit_flops(model, input_size, lazy=True, heads=heads), dtype=torch.float64)
     policies = []
     for p in range(1, 151):
         fractions = torch.zeros(model.num_exits)
         fractions[heads] = geometric_exit_fractions(p / 50, len(heads))
         policies.append(ExitPolicy(find_thresholds(logits, fractions)))
-    half = last_exit_flops(model, size) / 2
+    half = last_exit_flops(model, input_size) / 2
     return min(policies, key=lambda policy: abs(costs[policy.exit_index(logits)].mean().item() - half))
-
-
-def describe_machine() -> str:
-    """Processor, threads and versions, to print beside what was measured."""
-    file = Path("/proc/cpuinfo")
-    cpus = [line for line in file.read_text().splitlines() if line.startswith("model name")] if file.exists() else []
-    name = cpus[0].partition(":")[2].strip() if cpus else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}"

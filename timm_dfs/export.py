@@ -4,7 +4,6 @@ Thresholds are fixed on a split held out of training; the test split is only mea
 is shipped, in half precision.
 """
 
-import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from .card import write_card
 from .checkpoints import TrainingRun
 from .evaluate import anytime_accuracy, calibration_error
 from .flops import exit_flops, last_exit_flops
+from .machine import processor
 from .models.dfs_twins import BASES, PREFIX
 from .multi_exit import MultiExitModel
 from .operating_points import OperatingPoint, measure_policy
@@ -151,11 +151,3 @@ def base_model(run: TrainingRun, checkpoint: Path) -> dict[str, str]:
         return {}
     cfg = timm.get_pretrained_cfg(base)
     return dict(base_model=cfg.hf_hub_id) if cfg is not None and cfg.hf_hub_id else {}
-
-
-def processor() -> str:
-    """This machine's processor, by name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

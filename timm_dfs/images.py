@@ -59,6 +59,11 @@ def _data_config(model: MultiExitModel) -> dict:
     return config
 
 
+def labels_of(model: MultiExitModel) -> tuple[str, ...]:
+    """Names of the classes; their numbers where the pretrained config has none."""
+    return tuple(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
+
+
 def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
     """A batch (B, C, H, W) from RGB images, resized, cropped and normalised for ``model``, on its device."""
     config = _data_config(model)

@@ -6,7 +6,7 @@ import torch
 
 
 def take(tensor: Any, rows: torch.Tensor) -> Any:
-    """``tensor[rows]``, in the tensor's own memory format and several times faster."""
+    """``tensor[rows]``, in the tensor's own memory format and in about a third of the time."""
     if not isinstance(tensor, torch.Tensor):
         return tensor[rows]
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):

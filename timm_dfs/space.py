@@ -10,7 +10,7 @@ import torch
 
 from .demo import photographs
 from .flops import exit_flops, last_exit_flops
-from .images import open_image, prepare
+from .images import labels_of, open_image, prepare
 from .inference import resolve_policy
 from .multi_exit import MultiExitModel, evaluating
 from .policy import ExitPolicy
@@ -83,7 +83,7 @@ def page(model: MultiExitModel, name: str) -> Any:
         import gradio
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("The page needs the space extra: pip install 'timm-dfs[space]'.") from error
-    labels = tuple(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
+    labels = labels_of(model)
     costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
 
     def policy_of(point: str, threshold: float) -> ExitPolicy:

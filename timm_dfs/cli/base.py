@@ -133,10 +133,6 @@ def make_table(*headers: str, title: str | None = None) -> Table:
     return table
 
 
-def labels_of(model: MultiExitModel) -> tuple[str, ...]:
-    return tuple(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
-
-
 def choose_policy(model: MultiExitModel, preset: str | None, thresholds: str | None) -> ExitPolicy:
     if thresholds is not None:
         if preset is not None:

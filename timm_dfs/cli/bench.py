@@ -8,10 +8,11 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from ..bench import LAST_EXIT, Timing, describe_machine, halving_policy, measure
+from ..bench import LAST_EXIT, Timing, exits_logits, halving_policy, measure
 from ..fusion import fuse
 from ..images import dataset_loader
 from ..inference import resolve_policy
+from ..machine import describe_machine
 from .base import (
     AsJson,
     Checkpoint,
@@ -79,10 +80,11 @@ def bench(
     if not as_is:
         model = fuse(model)
         images = images.contiguous(memory_format=torch.channels_last)
-    policies[HALF] = halving_policy(model, images)
+    logits = exits_logits(model, images)
+    policies[HALF] = halving_policy(model, logits, images.shape[1:])
     if model.num_exits > 3:
         few = (0, (model.num_exits - 1) // 2)
-        policies[f"{HALF}, exits {few[0]} and {few[1]}"] = halving_policy(model, images, few)
+        policies[f"{HALF}, exits {few[0]} and {few[1]}"] = halving_policy(model, logits, images.shape[1:], few)
     timings = measure(model, images, policies, sizes, seconds)
     data: dict[str, Any] = dict(
         model=model_name,

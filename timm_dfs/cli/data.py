@@ -12,7 +12,7 @@ from ..flops import exit_flops
 from ..images import dataset_loader
 from ..multi_exit import MultiExitModel
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
-from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
+from .source import BatchSize, DataDir, Dataset, InputKey, Split, TargetKey, Workers, data_of, tracked
 
 
 @command("eval")
@@ -20,9 +20,7 @@ def evaluate_model(
     model_name: ModelName,
     dataset: Dataset = None,
     data_dir: DataDir = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to evaluate on; by default the checkpoint's validation split, or test.")
-    ] = None,
+    split: Split = None,
     input_key: InputKey = None,
     target_key: TargetKey = None,
     batch_size: BatchSize = 128,
@@ -69,9 +67,7 @@ def show_conflict(
     model_name: ModelName,
     dataset: Dataset = None,
     data_dir: DataDir = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to draw from; by default the checkpoint's validation split, or test.")
-    ] = None,
+    split: Split = None,
     input_key: InputKey = None,
     target_key: TargetKey = None,
     batch_size: BatchSize = 128,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from .. import demo
 from ..flops import exit_flops, last_exit_flops
-from ..images import open_image, prepare
+from ..images import labels_of, open_image, prepare
 from ..inference import resolve_policy
 from ..multi_exit import MultiExitModel, evaluating
 from ..policy import ExitPolicy
@@ -23,7 +23,6 @@ from .base import (
     command,
     console,
     create,
-    labels_of,
     make_table,
     millions,
     print_json,

@@ -10,7 +10,7 @@ import typer
 from ..bench import Timing, measure
 from ..evaluate import collect_logits
 from ..fusion import fuse
-from ..images import dataset_loader
+from ..images import dataset_loader, labels_of
 from ..inference import resolve_policy
 from ..multi_exit import MultiExitModel
 from ..report import About, check_new, find, require_plots, strip, training_of, write_report
@@ -23,10 +23,9 @@ from .base import (
     command,
     console,
     create,
-    labels_of,
     print_json,
 )
-from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
+from .source import BatchSize, DataDir, Dataset, InputKey, Split, TargetKey, Workers, data_of, tracked
 
 TIMED = (1, 64)
 """Batch sizes: the least that one can wait for, and enough to fill a processor."""
@@ -37,9 +36,7 @@ def report(
     model_name: ModelName,
     dataset: Dataset = None,
     data_dir: DataDir = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to measure on; by default the checkpoint's validation split, or test.")
-    ] = None,
+    split: Split = None,
     val_split: Annotated[
         str | None,
         typer.Option(help="Split held out of training, e.g. 'train[45000:]': draws the curve of early exit, too."),

@@ -19,6 +19,9 @@ InputKey = Annotated[str | None, typer.Option(help="Column of the images in an h
 TargetKey = Annotated[
     str | None, typer.Option(help="Column of the labels in an hfds/ data set; else CIFAR-100's, fine_label.")
 ]
+Split = Annotated[
+    str | None, typer.Option(help="Split to measure on; by default the checkpoint's validation split, or test.")
+]
 BatchSize = Annotated[int, typer.Option(min=1)]
 Workers = Annotated[int, typer.Option(min=0)]
 

@@ -2,14 +2,14 @@
 
 import json
 import platform
-import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..bench import describe_machine
 from ..checkpoints import read_run
 from ..hub import RESULTS_FILE
+from ..machine import describe_machine
+from ..version import __version__
 from ..weights import packaged_folder
 
 
@@ -80,5 +80,4 @@ def _epochs(count: int) -> str:
 def _versions() -> str:
     import matplotlib
 
-    own = sys.modules[__name__.partition(".")[0]].__version__  # the package's __init__ is above every layer
-    return f"Python {platform.python_version()}, timm_dfs {own}, matplotlib {matplotlib.__version__}"
+    return f"Python {platform.python_version()}, timm_dfs {__version__}, matplotlib {matplotlib.__version__}"

@@ -1,0 +1,20 @@
+"""What a figure was measured on."""
+
+import platform
+from pathlib import Path
+
+import timm
+import torch
+
+
+def processor() -> str:
+    """This machine's processor, by name."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_machine() -> str:
+    """Processor, threads and versions, to print beside what was measured."""
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}"

@@ -3,7 +3,10 @@
     python recipes/ship.py output/train/RUN --recipe recipes/dfs_msdnet_cifar100_short.yaml
 
 It refuses a run that is not the recipe's or has not ended, and records what only whoever trained knows: the hardware,
-the number of training images and the commit.
+the number of training images and the commit. A run whose ``--model-kwargs`` are not the recipe's becomes a pretrained
+tag of its own, here ``dfs_msdnet_cifar100.joint``:
+
+    python recipes/ship.py output/train/JOINT_RUN --recipe recipes/dfs_msdnet_cifar100_30epochs.yaml --tag joint
 """
 
 import argparse
@@ -27,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="train.py's output folder: args.yaml, last.pth.tar")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe the run was made with")
+    parser.add_argument("--tag", help="pretrained tag of a run with other --model-kwargs than the recipe's")
     args = parser.parse_args()
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
@@ -35,6 +39,8 @@ def main() -> None:
     ]
     if differing:
         parser.error(f"the run differs from the recipe in {', '.join(differing)}")
+    if args.tag is None and run["model_kwargs"] != recipe.get("model_kwargs", {}):
+        parser.error(f"the run has model_kwargs {run['model_kwargs']}, which are not the recipe's; give it a --tag")
     checkpoint = args.run / "last.pth.tar"
     of_checkpoint = read_run(checkpoint)
     if of_checkpoint.epoch + 1 != run["epochs"]:
@@ -54,7 +60,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)
     model = export.trained_model(of_checkpoint, checkpoint)
-    export.export(model, HUB / run["model"], collect, run["val_split"], "test", facts)
+    folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])
+    export.export(model, folder, collect, run["val_split"], "test", facts, args.tag)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,6 +22,8 @@ from timm_dfs.cli import app
 from timm_dfs.policy import CONFIDENCES
 from timm_dfs.presets import NAMED, fit_presets
 from timm_dfs.publish import check_folder
+
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +128,67 @@ def test_the_points_shipped_are_by_the_confidence_with_which_they_cost_least():
     }
     assert [point.average_flops for point in found.values()] == min(costs.values(), key=sum)
     assert set(found) == set(NAMED) and all(point.fitted_on.dataset == "made up" for point in found.values())
+
+
+@pytest.fixture
+def ship(checkpoint, data, tmp_path, monkeypatch):
+    """recipes/ship.py on the run and a recipe, into a hub of its own: the folder's name and its results."""
+    recipe, script = tmp_path / "mine.yaml", tmp_path / "recipes" / "ship.py"
+    settings = dict(model="dfs_vgg7_cifar100", epochs=3, dataset="hfds/made/up", train_split="validation")
+    recipe.write_text(yaml.safe_dump(settings))
+    script.parent.mkdir()
+    shutil.copy(RECIPES / "ship.py", script)
+    of_data = dict(dataset=f"hfds/{data}", data_dir=None, val_split="validation")
+    keys = dict(input_key="img", target_key="fine_label")
+    run_folder = tmp_path / "run"
+    shutil.copytree(checkpoint.parent, run_folder)
+
+    def call(*options, **changed):
+        arguments = {**settings, **of_data, **keys, "model_kwargs": {}, **changed}
+        (run_folder / "args.yaml").write_text(yaml.safe_dump(arguments))
+        monkeypatch.setattr(sys, "argv", ["ship.py", str(run_folder), "--recipe", str(recipe), *options])
+        monkeypatch.chdir(RECIPES)  # a checkout
+        runpy.run_path(str(script), run_name="__main__")
+        (folder,) = (tmp_path / "hub").iterdir()
+        return folder, json.loads((folder / "results.json").read_text())
+
+    (tmp_path / "hub").mkdir()
+    return call
+
+
+def test_a_finished_run_of_a_recipe_is_shipped_under_the_models_name(ship):
+    folder, results = ship()
+    assert folder.name == results["model"] == "dfs_vgg7_cifar100"
+    assert results["training"]["recipe"] == "mine.yaml" and results["training"]["samples"] == 12
+    assert results["dataset"] == "made/up" and check_folder(folder).beta == 0.25
+
+
+def test_other_settings_than_the_recipes_are_shipped_under_a_tag_only(ship, capsys):
+    with pytest.raises(SystemExit):
+        ship(model_kwargs=dict(beta=0.25))
+    assert "give it a --tag" in capsys.readouterr().err
+    folder, results = ship("--tag", "quarter", model_kwargs=dict(beta=0.25))
+    assert folder.name == results["model"] == "dfs_vgg7_cifar100.quarter"
+    assert check_folder(folder).pretrained_cfg["tag"] == "quarter"
+    assert "# dfs_vgg7_cifar100.quarter" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"), [(dict(epochs=4), "differs from the recipe in epochs"), (dict(model="other"), "in model")]
+)
+def test_a_run_that_is_not_its_recipes_is_not_shipped(ship, capsys, changed, why):
+    with pytest.raises(SystemExit):
+        ship(**changed)
+    assert why in capsys.readouterr().err
+
+
+def test_what_a_recipe_leaves_open_a_run_may_choose(ship):
+    assert ship(lr=0.2)[1]["training"]["settings"]["lr"] == 0.2
+
+
+def test_the_hours_of_a_resumed_run_are_not_claimed(checkpoint, tmp_path):
+    shutil.copytree(checkpoint.parent, tmp_path / "run")
+    arguments, file = tmp_path / "run" / "args.yaml", tmp_path / "run" / checkpoint.name
+    assert "hours" in export.training_facts(TrainingRun("dfs_vgg7_cifar100"), file)
+    arguments.write_text(arguments.read_text() + "resume: run/last.pth.tar\n")
+    assert "hours" not in export.training_facts(TrainingRun("dfs_vgg7_cifar100"), file)

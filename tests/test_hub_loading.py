@@ -1,12 +1,14 @@
 """Weights from the Hub: what is named is what is loaded, whatever fails; a stranger's repository is refused."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from helpers import CLASSES, PRESETS, published, settled, twin
+from helpers import CLASSES, PRESETS, published, settled, tiny_vgg, twin
 from hub_server import FAULTS, Fault, Repository, hub_server, use
 
 import timm_dfs  # noqa: F401
@@ -66,6 +68,16 @@ def test_the_variable_may_name_a_folder_of_model_folders(folder, model, server, 
     monkeypatch.setenv("TIMM_DFS_HUB", str(folder.parent))
     again = timm.create_model(NAME, pretrained=True)
     assert same(again, model) and again.presets == PRESETS and server.seen == []
+
+
+def test_a_pretrained_tag_is_looked_for_under_its_own_name(tmp_path, folder, monkeypatch):
+    model = settled(tiny_vgg(beta=None))
+    published(tmp_path / f"{NAME}.joint", model)
+    shutil.copytree(folder, tmp_path / NAME)
+    monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path))
+    tagged = replace(timm.get_pretrained_cfg(NAME), tag="joint")
+    assert timm.create_model(NAME, pretrained=True, pretrained_cfg=tagged).beta is None
+    assert timm.create_model(NAME, pretrained=True).beta == 0.5
 
 
 def test_the_variable_wins_over_packaged_weights_and_loses_to_a_named_file(tmp_path, folder, model, monkeypatch):

@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from timm_dfs import weights
+from timm_dfs import hub, weights
 
 DATA = Path(__file__).parent / "data"
 OFFICIAL = {"vgg": ("dfs_vgg7_cifar100", "vgg7_64_cifar100"), "resnet": ("dfs_resnet18_cifar100", "resnet18")}
@@ -361,6 +363,22 @@ def test_models_with_packaged_weights_are_listed_with_them(package):
     cfgs = weights.pretrained_cfgs({name: dict(num_classes=5) for name in ("dfs_vgg7_cifar100", "dfs_vgg16_imagenet")})
     assert cfgs["dfs_vgg7_cifar100"].default.file == str(package[1])
     assert cfgs["dfs_vgg16_imagenet"].default.file is None
+
+
+def test_other_packaged_weights_of_a_model_are_its_pretrained_tags(package):
+    model, file = package
+    for name, beta in dict(joint="joint", half=0.5).items():
+        folder = file.parent.with_name(f"dfs_vgg7_cifar100.{name}")
+        shutil.copytree(file.parent, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["model_args"]["beta"] = beta
+        (folder / "config.json").write_text(json.dumps(config))
+    cfgs = weights.pretrained_cfgs({"dfs_vgg7_cifar100": dict(num_classes=5)})["dfs_vgg7_cifar100"]
+    assert list(cfgs.tags) == ["", "half", "joint"] and cfgs.default.file == str(file)
+    for tag, beta in dict(joint=None, half=0.5).items():
+        cfg = replace(cfgs.cfgs[tag], tag=tag)  # as registering does
+        again = timm.create_model("dfs_vgg7_cifar100", pretrained=True, pretrained_cfg=cfg)
+        assert equal_states(again, model) and again.beta == beta and hub.full_name(again) == f"dfs_vgg7_cifar100.{tag}"
 
 
 def test_a_folder_without_its_config_is_no_packaged_model(package):

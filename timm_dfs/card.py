@@ -70,8 +70,8 @@ def _exits(results: dict) -> list[dict]:
 
 def metadata(folder: Path) -> dict[str, Any]:
     """What the Hub reads of a card, with one result in the model index for each exit."""
-    results, config = _read(folder)
-    data, name = _data_set(results["dataset"]), config["architecture"]
+    results, _ = _read(folder)
+    data = _data_set(results["dataset"])
     task = "image-classification"
     card_data = ModelCardData(
         library_name="timm",
@@ -84,7 +84,7 @@ def metadata(folder: Path) -> dict[str, Any]:
     # ModelCardData would merge results that differ in their task's name only, so the index is written here.
     card_data["model-index"] = [
         dict(
-            name=name,
+            name=results["model"],
             results=[
                 dict(
                     task=dict(type=task, name=f"exit {exit['index']}, {exit['lazy'] / 1e6:.1f} M multiply-adds"),
@@ -110,7 +110,7 @@ def card(folder: Path) -> str:
     exits = _exits(results)
     return _TEMPLATES.get_template("model_card.md").render(
         metadata=yaml.safe_dump(metadata(folder), sort_keys=False, allow_unicode=True),
-        name=config["architecture"],
+        name=results["model"],
         exits=exits,
         beta=None if beta == JOINT else beta,
         referencing=arguments["referencing"],

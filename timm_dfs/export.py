@@ -56,6 +56,7 @@ def export(
     held_out: str,
     test: str,
     facts: dict[str, Any],
+    tag: str | None = None,
 ) -> None:
     """Write the whole folder of a trained network; a folder that was there stays until the new one is whole.
 
@@ -66,7 +67,9 @@ def export(
         held_out: The split that thresholds are fixed on.
         test: The split that is measured.
         facts: More entries for the results: ``dataset``, ``training``, ``base_model``.
+        tag: Pretrained tag, where an architecture has several trained weights.
     """
+    model.pretrained_cfg["tag"] = tag
     new = folder.with_name(folder.name + ".new")
     if new.exists():
         shutil.rmtree(new)  # of a run that was interrupted
@@ -79,7 +82,7 @@ def export(
     hub.write_weights(model, new)
     curve = budgeted_batch(val, tested, lazy)
     results = dict(
-        model=model.pretrained_cfg["architecture"],
+        model=hub.full_name(model),
         flops=exit_flops(model),
         flops_lazy=lazy,
         last_exit_flops=last_exit_flops(model),
@@ -130,7 +133,8 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
     arguments = checkpoint.with_name("args.yaml")
     if arguments.is_file():
         recorded = yaml.safe_load(arguments.read_text())
-        facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
+        if not recorded.get("resume"):  # a resumed run writes its arguments anew, so their time says nothing
+            facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
         facts.update((key, recorded[key]) for key in ("seed", "batch_size") if recorded.get(key) is not None)
         facts["settings"] = {key: recorded[key] for key in _SETTINGS if recorded.get(key) is not None}
         if recorded.get("config"):

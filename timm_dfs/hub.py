@@ -29,6 +29,12 @@ def load(name: str, **kwargs: Any) -> MultiExitModel:
     return model.eval()
 
 
+def full_name(model: MultiExitModel) -> str:
+    """A model's name with its pretrained tag, if it has one: ``ARCHITECTURE.TAG``."""
+    architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
+    return f"{architecture}.{tag}" if tag else str(architecture)
+
+
 def write_weights(model: MultiExitModel, folder: Path) -> None:
     """Write a model's weights in half precision, and the config timm rebuilds it from, presets included."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, get_arch_name
 
 from .downloads import HUB_VARIABLE, fetch
 from .policy import ExitPolicy
@@ -49,7 +49,7 @@ def find_trained(
     so asked for is read as tensors only.
 
     Args:
-        name: The model's registered name.
+        name: The model's registered name, with its pretrained tag if it has one.
         cfg: Its pretrained config, overlay included.
         overlay: The caller's own part of it.
         packaged: The weights' file that came with this installation, if one did.
@@ -117,7 +117,7 @@ def _trained(weights: Path, config: Path, name: str, num_exits: Callable[[dict],
 
 
 def check_config(config: Any, name: str, num_exits: Callable[[dict], int | None], where: str) -> None:
-    """Refuse a ``config.json`` that is not one of ``name``'s, or asks for what no config may.
+    """Refuse a ``config.json`` that is not one of ``name``'s, tags aside, or asks for what no config may.
 
     Raises:
         ValueError: If the architecture is another, an argument is the caller's own, or a preset has not one threshold
@@ -125,7 +125,7 @@ def check_config(config: Any, name: str, num_exits: Callable[[dict], int | None]
     """
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise ValueError(f"{CONFIG_FILE} of {where} names no architecture; it is none of timm's.")
-    architecture = config["architecture"].partition(".")[0]
+    architecture, name = get_arch_name(config["architecture"]), get_arch_name(name)
     if architecture != name:
         raise ValueError(
             f"{where} holds a {architecture}, not a {name}; it is not loaded. Check the repository's name."

@@ -50,12 +50,18 @@ def packaged_names() -> set[str]:
 
 
 def pretrained_cfgs(cfgs: dict[str, dict]) -> dict[str, DefaultCfg]:
-    """timm's ``default_cfgs`` from plain dicts, with the packaged weights of those that have any."""
+    """timm's ``default_cfgs`` from plain dicts, with the packaged weights of those that have any.
+
+    A model's other packaged weights, in folders named ``NAME.TAG``, become its pretrained tags, as timm has them.
+    """
+    packaged = packaged_names()
     with_files: dict[str, dict | PretrainedCfg] = {}
     for name, cfg in cfgs.items():
-        folder = packaged_folder(name)
         cfg = dict(_PAPER, **cfg)
-        with_files[name] = dict(cfg, file=str(folder / WEIGHTS_FILE)) if folder else cfg
+        tags = sorted(other for other in packaged if other.startswith(f"{name}."))
+        for tagged in (name, *tags):
+            file = packaged_file(tagged)
+            with_files[tagged] = dict(cfg, file=str(file)) if file else cfg
     return generate_default_cfgs(with_files)
 
 
@@ -96,7 +102,8 @@ def build_model(
     if pretrained:
         given_cfg, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
         cfg = resolve_pretrained_cfg(variant, given_cfg, overlay)
-        trained = find_trained(variant, cfg, overlay, packaged_file(variant), num_exits, kwargs.get("cache_dir"))
+        name = f"{variant}.{cfg.tag}" if cfg.tag else variant
+        trained = find_trained(name, cfg, overlay, packaged_file(name), num_exits, kwargs.get("cache_dir"))
         if trained is not None:
             kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), **trained.overlay}
             kwargs = {**trained.model_args, "pretrained_model_args": trained.model_args, **kwargs}

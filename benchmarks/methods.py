@@ -13,16 +13,12 @@ import json
 import statistics
 from pathlib import Path
 
-import datasets
-import numpy as np
 import timm
 import torch
-from common import METHODS, Trainer, peak_memory
+from common import METHODS, Trainer, augment, load, normaliser, peak_memory
 
 import timm_dfs
 from timm_dfs.machine import describe_machine
-
-HELD_OUT = 5000
 
 
 def main() -> None:
@@ -55,14 +51,6 @@ def main() -> None:
         args.output.write_text(json.dumps(dict(machine=describe_machine(), settings=settings, runs=runs), indent=1))
 
 
-def load(name: str) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """CIFAR-100's training images (N, 3, 32, 32) as bytes with their labels (N,), and those held out."""
-    data = datasets.load_dataset(name, split="train")
-    images = torch.from_numpy(np.stack([np.asarray(image) for image in data["img"]])).permute(0, 3, 1, 2)
-    labels = torch.tensor(data["fine_label"])
-    return (images[:-HELD_OUT], labels[:-HELD_OUT]), (images[-HELD_OUT:], labels[-HELD_OUT:])
-
-
 def run(args: argparse.Namespace, seed: int, train: tuple, held_out: tuple) -> dict[str, dict]:
     """Train all methods from one seed, in turns, and measure each."""
     trainers = {}
@@ -88,20 +76,6 @@ def run(args: argparse.Namespace, seed: int, train: tuple, held_out: tuple) -> d
             mean_cosine=conflict.cosine[~conflict.cosine.isnan() & (conflict.cosine < 1 - 1e-6)].mean().item(),
         )
     return results
-
-
-def normaliser(model: timm_dfs.MultiExitModel):
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return lambda images: ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The published augmentation: a random crop from 4 pixels of padding, and a flip for half the images."""
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4), value=128)
-    corners = torch.randint(9, (len(images), 2), generator=generator).tolist()
-    crops = torch.stack([image[:, top : top + 32, left : left + 32] for image, (top, left) in zip(padded, corners)])
-    flipped = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(flipped[:, None, None, None], crops.flip(-1), crops)
 
 
 def table(runs: dict[str, list[dict]]) -> str:

@@ -15,8 +15,10 @@ environment keeps them away.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
@@ -42,17 +44,23 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--official", help="checkout of the official repository (GongCheng1919/dfs), run beside ours")
     parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
+    parser.add_argument("--output", type=Path, help="JSON file for the speeds")
     args = parser.parse_args()
     print(describe_machine())
+    measured = []
     for name in args.models:
         batch_size = args.batch_size or BATCH_SIZES.get(name, 128)
         for memory_format in args.formats:
             for dtype in args.dtypes:
-                measure(args, name, batch_size, memory_format, dtype)
+                speeds = measure(args, name, batch_size, memory_format, dtype)
+                case = dict(model=name, batch_size=batch_size, memory_format=memory_format, dtype=dtype)
+                measured.append(dict(case, images_per_second=speeds))
+    if args.output is not None:
+        args.output.write_text(json.dumps(dict(machine=describe_machine(), measured=measured), indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, name: str, batch_size: int, memory_format: str, dtype: str) -> None:
-    """Print a table for one network, batch size, format and type."""
+def measure(args: argparse.Namespace, name: str, batch_size: int, memory_format: str, dtype: str) -> dict[str, float]:
+    """Print a table for one network, batch size, format and type; return each method's images per second."""
     steps: dict[str, Callable] = {}
     for method in args.methods:
         trainer = Trainer(name, METHODS[method], 1e-3, 1000, DTYPES[dtype])
@@ -81,6 +89,7 @@ def measure(args: argparse.Namespace, name: str, batch_size: int, memory_format:
         gain = f"{arithmetic_gain(name, METHODS[method]):.2f}" if ours else ""
         memory = f"{peak_memory(name, METHODS[method], batch_size) / 1e6:.0f}" if ours and args.memory else ""
         print(f"| {method} | {speed:.1f} | {speed / speeds['joint']:.2f}× | {gain} | {memory} |", flush=True)
+    return speeds
 
 
 def arithmetic_gain(name: str, settings: dict) -> float:

@@ -1,0 +1,110 @@
+"""Joint training or DFS, and which: one network and schedule, the same seeds for all settings, two lengths.
+
+    python benchmarks/study.py --dataset uoft-cs/cifar100 --output benchmarks/results/study.jsonl
+
+A run is a line of the output: accuracy of every exit on the last 5,000 training images, which are held out. Within a
+seed all settings start from the same weights and see the same batches. Runs that the output has already are not made
+again, so that it can be stopped, and several processes can share the work by seeds or settings.
+
+The network is a small MSDNet, trained in bfloat16 with SGD and one cycle of the learning rate.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from common import Trainer, augment, load, normaliser
+
+import timm_dfs
+from timm_dfs.machine import describe_machine
+
+SETTINGS = {
+    "joint": dict(beta=None),
+    "one-sided 0.3": dict(beta=0.3, referencing="one_sided"),
+    "one-sided 0.5": dict(beta=0.5, referencing="one_sided"),
+    "one-sided 0.7": dict(beta=0.7, referencing="one_sided"),
+    "one-sided 0.9": dict(beta=0.9, referencing="one_sided"),
+    "two-sided 0.5": dict(beta=0.5, referencing="two_sided"),
+    "joint, distilled": dict(beta=None, distill_weight=0.3),
+    "one-sided 0.5, distilled": dict(beta=0.5, referencing="one_sided", distill_weight=0.3),
+}
+"""Each as arguments of the model; the weight of distillation from the last exit is that of the official ResNet recipe."""
+
+RECIPE = dict(
+    model="dfs_msdnet_cifar100",
+    model_kwargs=dict(
+        exits=5, base=2, step=1, stem_width=8, growth_rate=8, head_width=64, num_classes=100, drop_rate=0.0
+    ),
+    lr=0.1,
+    batch_size=128,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="uoft-cs/cifar100", help="on the Hub, or a folder with its parquet files")
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, nargs="*", default=[2, 8])
+    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines, one a run")
+    args = parser.parse_args()
+
+    train, held_out = load(args.dataset)
+    for epochs in args.epochs:
+        for seed in args.seeds:
+            for setting in args.settings:
+                if any(same(run, setting, seed, epochs) for run in read(args.output)):
+                    continue
+                result = run(setting, seed, epochs, train, held_out)
+                with args.output.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                top1 = " ".join(f"{value:.2f}" for value in result["top1"])
+                print(f"{epochs} epochs, seed {seed}, {setting}: {top1}", flush=True)
+
+
+def read(file: Path) -> list[dict]:
+    """The runs in a file, none if it does not exist.
+
+    Raises:
+        ValueError: If they were made by another recipe than the one here.
+    """
+    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if any(run["recipe"] != RECIPE for run in runs):
+        raise ValueError(f"{file} has runs of another recipe, which do not compare; give another --output.")
+    return runs
+
+
+def same(run: dict, setting: str, seed: int, epochs: int) -> bool:
+    return (run["setting"], run["seed"], run["epochs"]) == (setting, seed, epochs)
+
+
+def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> dict:
+    """Train once and measure."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch_size, samples = RECIPE["batch_size"], len(train[0])
+    kwargs = dict(RECIPE["model_kwargs"], **SETTINGS[setting])
+    trainer = Trainer(RECIPE["model"], kwargs, RECIPE["lr"], epochs * (samples // batch_size), torch.bfloat16)
+    normalise = normaliser(trainer.model)
+    start = time.perf_counter()
+    for _ in range(epochs):
+        order = torch.randperm(samples, generator=generator)
+        for chosen in order[: samples // batch_size * batch_size].split(batch_size):
+            trainer.step(normalise(augment(train[0][chosen], generator)), train[1][chosen])
+    loader = [(normalise(x), target) for x, target in zip(held_out[0].split(250), held_out[1].split(250))]
+    logits, targets = timm_dfs.collect_logits(trainer.model, loader)
+    return dict(
+        setting=setting,
+        seed=seed,
+        epochs=epochs,
+        top1=[round(value, 2) for value in timm_dfs.anytime_accuracy(logits, targets).tolist()],
+        minutes=round((time.perf_counter() - start) / 60, 1),
+        recipe=RECIPE,
+        machine=describe_machine(),
+    )
+
+
+if __name__ == "__main__":
+    main()

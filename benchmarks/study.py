@@ -30,7 +30,7 @@ SETTINGS = {
     "joint, distilled": dict(beta=None, distill_weight=0.3),
     "one-sided 0.5, distilled": dict(beta=0.5, referencing="one_sided", distill_weight=0.3),
 }
-"""Each as arguments of the model; the weight of distillation from the last exit is that of the official ResNet recipe."""
+"""Each as arguments of the model; the weight of distillation is that of the official ResNet recipe."""
 
 RECIPE = dict(
     model="dfs_msdnet_cifar100",

@@ -166,12 +166,12 @@ def _published(figure: Figure, findings: Findings, published: Published) -> str:
     for k, (method, curve) in enumerate(published.budgeted_batch_M.items()):
         colour = light("ink") if k == 0 else light("muted")
         axes.plot(*zip(*curve), color=colour, linestyle=next(styles), linewidth=1.6, label=f"{method}, published")
-    for method, accuracies in published.exits.items():
+    for (method, accuracies), marker in zip(published.exits.items(), itertools.cycle("os^v")):
         axes.plot(
             published.flops_M,
             accuracies,
             linestyle="none",
-            marker="o",
+            marker=marker,
             markersize=5,
             markerfacecolor=light("surface"),
             markeredgecolor=light("ink"),

@@ -1,0 +1,137 @@
+"""docs/reproduction.md and its plot, from what is shipped and what benchmarks measured: no figure in it is typed.
+
+python benchmarks/reproduction.py
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from timm_dfs import curve
+from timm_dfs.report.published import published_results
+
+ROOT = Path(__file__).parent.parent
+TEXT, PLOT = "reproduction.md", "reproduction.svg"
+DFS, JOINT = "dfs_msdnet_cifar100", "dfs_msdnet_cifar100.joint"
+T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Student's, two-sided at 95 %, by the number of seeds."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting's accuracy less joint training's at one exit, seed by seed, in points.
+
+    Attributes:
+        mean: Over the seeds.
+        spread: Standard deviation over the seeds.
+        clear: Whether the 95 % interval of the mean leaves out 0.
+    """
+
+    mean: float
+    spread: float
+    clear: bool
+
+
+def main() -> None:
+    for name, text in generated(ROOT).items():
+        (ROOT / "docs" / name).write_text(text)
+
+
+def generated(root: Path) -> dict[str, str]:
+    """The files under docs/ that a checkout's results make."""
+    results = {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in (DFS, JOINT)}
+    runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
+    speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(millions=lambda count: f"{count / 1e6:.1f}", signed=lambda value: f"{value:+.2f}")
+    environment.globals.update(verdict=verdict, minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)])
+    dfs, joint = results[DFS], results[JOINT]
+    text = environment.get_template("reproduction.md.jinja").render(
+        dfs=dfs,
+        joint=joint,
+        published=published_results("cifar100", 100, dfs["flops"]),
+        whole=dfs["last_exit_flops"],
+        half={name: at_most(results[name], dfs["last_exit_flops"] / 2) for name in results},
+        reached=reached(dfs, joint),
+        study=study(runs),
+        speeds=speeds,
+    )
+    names = ("DFS", "joint")
+    title = f"{DFS}, {dfs['training']['epochs']} epochs: top-1 accuracy, %"
+    return {TEXT: text, PLOT: curve.draw_two(title, dfs, joint, names)}
+
+
+def at_most(results: dict, budget: float) -> dict:
+    """The most accurate point of a budgeted batch curve within a budget."""
+    return max((p for p in results["test"]["budgeted_batch"] if p["average_flops"] <= budget), key=lambda p: p["top1"])
+
+
+def reached(dfs: dict, joint: dict) -> dict:
+    """Where early exit with DFS first has joint training's best accuracy, that of its best exit, if anywhere."""
+    best = max(range(len(joint["test"]["top1"])), key=lambda k: joint["test"]["top1"][k])
+    accuracy = joint["test"]["top1"][best]
+    points = [point for point in dfs["test"]["budgeted_batch"] if point["top1"] >= accuracy]
+    own = [point for point in joint["test"]["budgeted_batch"] if point["top1"] >= accuracy]
+
+    def cheapest(points: list[dict]) -> dict | None:
+        return min(points, key=lambda point: point["average_flops"], default=None)
+
+    most = max(dfs["test"]["budgeted_batch"], key=lambda point: point["top1"])
+    return dict(exit=best, accuracy=accuracy, dfs=cheapest(points), joint=cheapest(own), dfs_best=most)
+
+
+def study(runs: list[dict]) -> list[dict]:
+    """The study by length: each setting's accuracy and its difference to joint training, exit by exit."""
+    tables = []
+    for epochs in sorted({run["epochs"] for run in runs}):
+        top1: dict[str, dict[int, list[float]]] = {}
+        for run in runs:
+            if run["epochs"] == epochs:
+                top1.setdefault(run["setting"], {})[run["seed"]] = run["top1"]
+        rows = [
+            dict(
+                setting=setting,
+                seeds=len(of_seeds),
+                mean=[statistics.mean(values) for values in zip(*of_seeds.values())],
+                differences=[] if setting == "joint" else differences(of_seeds, top1["joint"]),
+            )
+            for setting, of_seeds in top1.items()
+        ]
+        tables.append(dict(epochs=epochs, rows=rows, exits=len(rows[0]["mean"])))
+    return tables
+
+
+def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]]) -> list[Difference]:
+    """Against joint training with the same seeds, exit by exit."""
+    pairs = [[ours - theirs for ours, theirs in zip(of_seeds[seed], joint[seed])] for seed in of_seeds]
+    found = []
+    for values in zip(*pairs):
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        found.append(Difference(mean, spread, abs(mean) > T_QUANTILE[len(values)] * spread / math.sqrt(len(values))))
+    return found
+
+
+def verdict(found: list[Difference]) -> str:
+    """Where a setting is clearly ahead of joint training, and where behind."""
+    where = {
+        word: [str(k) for k, difference in enumerate(found) if difference.clear and sign * difference.mean > 0]
+        for word, sign in dict(ahead=1, behind=-1).items()
+    }
+    parts = [
+        f"clearly {word} at exit{'s' * (len(exits) > 1)} {', '.join(exits)}" for word, exits in where.items() if exits
+    ]
+    return "; ".join(parts) or "no clear difference to joint training at any exit"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""docs/reproduction.md says what the results say: made here from made-up results whose outcome is known."""
+
+import copy
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import reproduction  # noqa: E402
+import study  # noqa: E402
+
+OF_JOINT = [40.0, 41.0, 42.0, 43.0, 44.0]
+SEEDS = {0: 0.0, 1: 0.4, 2: -0.3}
+OUTCOMES = {
+    "joint": lambda seed: 0.0,
+    "one-sided 0.5": lambda seed: 1.0 + 0.1 * seed,  # ahead, whatever the seed
+    "two-sided 0.5": lambda seed: -2.0 - 0.1 * seed,
+    "one-sided 0.9": lambda seed: (-1.0, 0.5, 0.7)[seed],
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A checkout's results: DFS 0.5 points below joint training at every exit, its curve 1 point above."""
+    dfs = json.loads((ROOT / "hub" / reproduction.DFS / "results.json").read_text())
+    joint = copy.deepcopy(dfs)
+    joint["model"] = reproduction.JOINT
+    joint["test"]["top1"] = [top1 + 0.5 for top1 in dfs["test"]["top1"]]
+    for point in dfs["test"]["budgeted_batch"]:
+        point["top1"] += 1
+    for name, results in {reproduction.DFS: dfs, reproduction.JOINT: joint}.items():
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        (tmp_path / "hub" / name / "results.json").write_text(json.dumps(results))
+    runs = [
+        dict(
+            setting=setting, seed=seed, epochs=epochs, top1=[epochs + base + change(seed) + shift for base in OF_JOINT]
+        )
+        for epochs in (2, 8)
+        for setting, change in OUTCOMES.items()
+        for seed, shift in SEEDS.items()
+    ]
+    speeds = {"joint": 100.0, "DFS 0.5": 125.0}
+    case = dict(model="a", batch_size=1, memory_format="NCHW", dtype="float32", images_per_second=speeds)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/study.jsonl").write_text("\n".join(map(json.dumps, runs)))
+    (tmp_path / "benchmarks/results/train_step.json").write_text(json.dumps(dict(machine="made up", measured=[case])))
+    return tmp_path
+
+
+def edit(root, name, change):
+    file = root / "hub" / name / "results.json"
+    results = json.loads(file.read_text())
+    change(results)
+    file.write_text(json.dumps(results))
+
+
+def text(root):
+    return reproduction.generated(root)[reproduction.TEXT]
+
+
+def cells(text, first):
+    (line,) = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", text, re.M)
+    return [cell.strip() for cell in line.split("|")]
+
+
+def test_the_difference_of_the_two_rows_is_beside_the_papers(root):
+    made = text(root)
+    assert cells(made, "here, DFS − joint") == ["-0.50"] * 7
+    assert cells(made, "paper, DFS − MSDNet")[0] == "+8.36"
+
+
+def test_a_setting_that_wins_with_every_seed_is_clearly_ahead_and_one_that_varies_is_not(root):
+    made = text(root)
+    for verdict in (
+        "one-sided 0.5: clearly ahead at exits 0, 1, 2, 3, 4",
+        "two-sided 0.5: clearly behind at exits 0, 1, 2, 3, 4",
+        "one-sided 0.9: no clear difference to joint training at any exit",
+    ):
+        assert made.count(f"- {verdict}\n") == 2, verdict
+
+
+def test_seeds_are_compared_with_the_same_seeds(root):
+    found = reproduction.study(
+        [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
+    )
+    row = next(row for row in found[1]["rows"] if row["setting"] == "one-sided 0.5")
+    assert found[1]["epochs"] == 8 and row["mean"][0] == pytest.approx(48 + 1.1 + 0.1 / 3)
+    assert row["differences"][0].mean == pytest.approx(1.1) and row["differences"][0].spread == pytest.approx(0.1)
+
+
+def test_early_exit_is_said_to_reach_joint_trainings_best_only_where_it_does(root):
+    def cheapest(results):
+        best = max(results[reproduction.JOINT]["test"]["top1"])
+        return min(p["average_flops"] for p in results[reproduction.DFS]["test"]["budgeted_batch"] if p["top1"] >= best)
+
+    results = {
+        name: json.loads((root / "hub" / name / "results.json").read_text())
+        for name in (reproduction.DFS, reproduction.JOINT)
+    }
+    assert f"Early exit with DFS reaches that at {cheapest(results) / 1e6:.1f} M" in text(root)
+    edit(root, reproduction.JOINT, lambda results: results["test"]["top1"].__setitem__(6, 99.0))
+    assert "with 99.00 %. Early exit with DFS does not reach that: its best is" in text(root)
+
+
+def test_half_the_cost_is_half_of_the_last_exit_alone_and_no_point_beyond_it_counts(root):
+    results = json.loads((root / "hub" / reproduction.DFS / "results.json").read_text())
+    half = results["last_exit_flops"] / 2
+    best = max(p["top1"] for p in results["test"]["budgeted_batch"] if p["average_flops"] <= half)
+    assert f"At half of that, {half / 1e6:.1f} M: DFS {best:.2f} %" in text(root)
+
+
+def test_an_epochs_time_follows_from_the_speed(root):
+    assert cells(text(root), "a, 1, float32 NCHW") == ["100.0", "125.0", "1.25×", "7.5", "6.0"]
+
+
+def test_the_plot_has_both_curves_and_all_exits(root):
+    drawn = ET.fromstring(reproduction.generated(root)[reproduction.PLOT])
+    kinds = [(element.tag.rpartition("}")[2], element.get("class")) for element in drawn]
+    assert kinds.count(("polyline", "curve")) == kinds.count(("polyline", "curve other")) == 1
+    assert kinds.count(("circle", "exit")) == kinds.count(("circle", "curve other")) == 7
+
+
+def test_runs_of_another_recipe_do_not_join_the_study(tmp_path):
+    file = tmp_path / "study.jsonl"
+    assert study.read(file) == []
+    file.write_text(json.dumps(dict(setting="joint", seed=0, epochs=2, top1=[1.0], recipe=dict(study.RECIPE, lr=0.2))))
+    with pytest.raises(ValueError, match="another recipe"):
+        study.read(file)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import timm
 import typer
-from timm.models import is_model_pretrained
+from timm.models import get_arch_name, is_model_pretrained
 
 from ..flops import exit_flops, last_exit_flops
 from ..models.dfs_twins import BASES, PREFIX
@@ -32,11 +32,14 @@ def list_models(
     Without a pattern, twins of timm's architectures are left out unless they have trained exits.
     """
     twins = {f"{PREFIX}{base}" for base in BASES}
-    names = [name for name in timm.list_models(pattern or f"{PREFIX}*") if name.startswith(PREFIX)]
+    wanted = pattern or f"{PREFIX}*"
+    names = [name for name in timm.list_models(wanted) if name.startswith(PREFIX)]
     if pattern is None:
         names = [name for name in names if name not in twins or is_model_pretrained(name)]
     if not names:
         raise ValueError(f"No model is called {pattern}; 'timm-dfs list' names some, '{PREFIX}*' is all of them.")
+    tagged = [name for name in timm.list_pretrained(wanted) if "." in name]  # several trained weights of one model
+    names = [row for name in names for row in (name, *(tag for tag in tagged if get_arch_name(tag) == name))]
     rows: list[dict[str, Any]] = []
     for name in names:
         cfg = timm.get_pretrained_cfg(name)

@@ -58,7 +58,7 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
     if model_name.startswith("local-dir:"):
         folder: Path | None = Path(model_name.removeprefix("local-dir:"))
     else:
-        folder = packaged_folder(model_name.partition(".")[0])
+        folder = packaged_folder(model_name)
     if folder is None or not (folder / RESULTS_FILE).is_file():
         return "", None
     try:

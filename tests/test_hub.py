@@ -85,3 +85,8 @@ def test_weights_that_half_precision_cannot_hold_are_refused_by_name(tmp_path):
     model.stages[0].bn.running_var.fill_(1e6)
     with pytest.raises(ValueError, match=r"stages\.0\.bn\.running_var"):
         hub.write_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_comes_with_the_package(name):
+    assert f'"hub/{name}" = "timm_dfs/hub/{name}"\n' in (HUB.parent / "pyproject.toml").read_text()

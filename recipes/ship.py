@@ -24,6 +24,10 @@ from timm_dfs.images import dataset_loader
 from timm_dfs.machine import processor
 
 HUB = Path(__file__).parent.parent / "hub"
+DATA = {"dataset", "train_split", "val_split"}
+"""Where the same images lie is for the run to say."""
+PRECISION = {"amp", "amp_dtype"}
+"""A processor without bfloat16 trains in float32; the results say so."""
 
 
 def main() -> None:
@@ -34,11 +38,9 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
-    differing = [
-        key for key, value in recipe.items() if run[key] != value and key not in ("dataset", "train_split", "val_split")
-    ]
-    if differing:
-        parser.error(f"the run differs from the recipe in {', '.join(differing)}")
+    changed = {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA}
+    if refused := changed.keys() - PRECISION:
+        parser.error(f"the run differs from the recipe in {', '.join(sorted(refused))}")
     if args.tag is None and run["model_kwargs"] != recipe.get("model_kwargs", {}):
         parser.error(f"the run has model_kwargs {run['model_kwargs']}, which are not the recipe's; give it a --tag")
     checkpoint = args.run / "last.pth.tar"
@@ -57,6 +59,8 @@ def main() -> None:
         samples=len(datasets.load_dataset(run["dataset"].removeprefix("hfds/"), split=run["train_split"])),
         hardware=f"{torch.get_num_threads()} threads of {processor()}",
     )
+    if changed:
+        training["other_than_recipe"] = changed
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)
     model = export.trained_model(of_checkpoint, checkpoint)

@@ -134,7 +134,7 @@ def test_the_points_shipped_are_by_the_confidence_with_which_they_cost_least():
 def ship(checkpoint, data, tmp_path, monkeypatch):
     """recipes/ship.py on the run and a recipe, into a hub of its own: the folder's name and its results."""
     recipe, script = tmp_path / "mine.yaml", tmp_path / "recipes" / "ship.py"
-    settings = dict(model="dfs_vgg7_cifar100", epochs=3, dataset="hfds/made/up", train_split="validation")
+    settings = dict(model="dfs_vgg7_cifar100", epochs=3, dataset="hfds/made/up", train_split="validation", amp=True)
     recipe.write_text(yaml.safe_dump(settings))
     script.parent.mkdir()
     shutil.copy(RECIPES / "ship.py", script)
@@ -180,6 +180,13 @@ def test_a_run_that_is_not_its_recipes_is_not_shipped(ship, capsys, changed, why
     with pytest.raises(SystemExit):
         ship(**changed)
     assert why in capsys.readouterr().err
+
+
+def test_a_run_in_another_precision_is_shipped_and_its_card_says_so(ship):
+    folder, results = ship(amp=False)
+    assert results["training"]["other_than_recipe"] == dict(amp=False)
+    assert "- other than in the recipe: amp False\n" in (folder / "README.md").read_text()
+    assert "other than in the recipe" not in (ship()[0] / "README.md").read_text()
 
 
 def test_what_a_recipe_leaves_open_a_run_may_choose(ship):

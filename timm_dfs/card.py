@@ -116,6 +116,7 @@ def card(folder: Path) -> str:
         referencing=arguments["referencing"],
         training=training,
         how=_how_trained(training),
+        other_than_recipe=_described(training.get("other_than_recipe", {})),
         paper_epochs=data.paper_epochs,
         curve_file=CURVE_FILE,
         curve_alt="Top-1 accuracy against multiply-adds per image",

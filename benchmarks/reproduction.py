@@ -43,7 +43,8 @@ def main() -> None:
 
 def generated(root: Path) -> dict[str, str]:
     """The files under docs/ that a checkout's results make."""
-    results = {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in (DFS, JOINT)}
+    files = {name: root / "hub" / name / "results.json" for name in (DFS, JOINT)}
+    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     environment = jinja2.Environment(
@@ -55,20 +56,20 @@ def generated(root: Path) -> dict[str, str]:
     )
     environment.filters.update(millions=lambda count: f"{count / 1e6:.1f}", signed=lambda value: f"{value:+.2f}")
     environment.globals.update(verdict=verdict, minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)])
-    dfs, joint = results[DFS], results[JOINT]
+    dfs, joint = results[DFS], results.get(JOINT)
     text = environment.get_template("reproduction.md.jinja").render(
         dfs=dfs,
         joint=joint,
         published=published_results("cifar100", 100, dfs["flops"]),
         whole=dfs["last_exit_flops"],
         half={name: at_most(results[name], dfs["last_exit_flops"] / 2) for name in results},
-        reached=reached(dfs, joint),
+        reached=reached(dfs, joint) if joint else None,
         study=study(runs),
         speeds=speeds,
     )
-    names = ("DFS", "joint")
     title = f"{DFS}, {dfs['training']['epochs']} epochs: top-1 accuracy, %"
-    return {TEXT: text, PLOT: curve.draw_two(title, dfs, joint, names)}
+    plot = curve.draw_two(title, dfs, joint, ("DFS", "joint")) if joint else curve.draw(dfs)
+    return {TEXT: text, PLOT: plot}
 
 
 def at_most(results: dict, budget: float) -> dict:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_the_difference_of_the_two_rows_is_beside_the_papers(root):
     made = text(root)
     assert cells(made, "here, DFS − joint") == ["-0.50"] * 7
     assert cells(made, "paper, DFS − MSDNet")[0] == "+8.36"
+
+
+def test_without_joint_weights_the_page_says_so_and_claims_no_difference(root):
+    shutil.rmtree(root / "hub" / reproduction.JOINT)
+    made = text(root)
+    assert "joint training has not been trained for as long here" in made
+    assert "here, joint" not in made and "here, DFS − joint" not in made and "eval dfs_msdnet_cifar100.joint" not in made
+    ET.fromstring(reproduction.generated(root)[reproduction.PLOT])
+
+
+def test_another_precision_of_joint_training_is_named(root):
+    edit(root, reproduction.JOINT, lambda results: results["training"].update(other_than_recipe=dict(amp=False)))
+    assert "and in another precision (`amp: false`)" in text(root)
 
 
 def test_a_setting_that_wins_with_every_seed_is_clearly_ahead_and_one_that_varies_is_not(root):

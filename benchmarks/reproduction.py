@@ -45,7 +45,8 @@ def generated(root: Path) -> dict[str, str]:
     """The files under docs/ that a checkout's results make."""
     files = {name: root / "hub" / name / "results.json" for name in (DFS, JOINT)}
     results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
+    of_study = root / "benchmarks/results/study.jsonl"
+    runs = [json.loads(line) for line in of_study.read_text().splitlines()] if of_study.exists() else []
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

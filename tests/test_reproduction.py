@@ -85,6 +85,12 @@ def test_without_joint_weights_the_page_says_so_and_claims_no_difference(root):
     ET.fromstring(reproduction.generated(root)[reproduction.PLOT])
 
 
+def test_without_a_study_the_page_says_so(root):
+    (root / "benchmarks/results/study.jsonl").unlink()
+    made = text(root)
+    assert "It has not been run." in made and "one-sided" not in made
+
+
 def test_another_precision_of_joint_training_is_named(root):
     edit(root, reproduction.JOINT, lambda results: results["training"].update(other_than_recipe=dict(amp=False)))
     assert "and in another precision (`amp: false`)" in text(root)

@@ -70,6 +70,11 @@ def cells(text, first):
     return [cell.strip() for cell in line.split("|")]
 
 
+def test_the_page_and_its_plot_are_what_the_results_make_byte_for_byte():
+    for name, made in reproduction.generated(ROOT).items():
+        assert (ROOT / "docs" / name).read_bytes() == made.encode(), "run: python benchmarks/reproduction.py"
+
+
 def test_the_difference_of_the_two_rows_is_beside_the_papers(root):
     made = text(root)
     assert cells(made, "here, DFS − joint") == ["-0.50"] * 7

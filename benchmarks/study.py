@@ -12,7 +12,6 @@ rate.
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -98,7 +97,6 @@ def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> 
     torch.compiler.reset()  # or after eight networks of a class it gives up
     trainer.task.compile()  # 1.15 times faster
     normalise = normaliser(trainer.model)
-    start = time.perf_counter()
     every_exit = trainer.task.criterion.objective
     for epoch in range(epochs):
         only_last = setting in BACKBONE_FIRST and epoch < epochs // 2
@@ -113,7 +111,6 @@ def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> 
         seed=seed,
         epochs=epochs,
         top1=[round(value, 2) for value in timm_dfs.anytime_accuracy(logits, targets).tolist()],
-        minutes=round((time.perf_counter() - start) / 60, 1),
         recipe=RECIPE,
         machine=describe_machine(),
     )

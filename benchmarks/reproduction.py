@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from study import SETTINGS
 
 from timm_dfs import curve
 from timm_dfs.report.published import published_results
@@ -45,8 +46,7 @@ def generated(root: Path) -> dict[str, str]:
     """The files under docs/ that a checkout's results make."""
     files = {name: root / "hub" / name / "results.json" for name in (DFS, JOINT)}
     results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    of_study = root / "benchmarks/results/study.jsonl"
-    runs = [json.loads(line) for line in of_study.read_text().splitlines()] if of_study.exists() else []
+    runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -68,9 +68,10 @@ def generated(root: Path) -> dict[str, str]:
         study=study(runs),
         speeds=speeds,
     )
+    if joint is None:
+        return {TEXT: text}
     title = f"{DFS}, {dfs['training']['epochs']} epochs: top-1 accuracy, %"
-    plot = curve.draw_two(title, dfs, joint, ("DFS", "joint")) if joint else curve.draw(dfs)
-    return {TEXT: text, PLOT: plot}
+    return {TEXT: text, PLOT: curve.draw_two(title, dfs, joint, ("DFS", "joint"))}
 
 
 def at_most(results: dict, budget: float) -> dict:
@@ -109,7 +110,8 @@ def study(runs: list[dict]) -> list[dict]:
             )
             for setting, of_seeds in top1.items()
         ]
-        tables.append(dict(epochs=epochs, rows=rows, exits=len(rows[0]["mean"])))
+        missing = [setting for setting in SETTINGS if setting not in top1]
+        tables.append(dict(epochs=epochs, rows=rows, exits=len(rows[0]["mean"]), missing=missing))
     return tables
 
 

@@ -87,13 +87,7 @@ def test_without_joint_weights_the_page_says_so_and_claims_no_difference(root):
     assert "joint training has not been trained for as long here" in made
     for claimed in ("here, joint", "here, DFS − joint", "eval dfs_msdnet_cifar100.joint"):
         assert claimed not in made
-    ET.fromstring(reproduction.generated(root)[reproduction.PLOT])
-
-
-def test_without_a_study_the_page_says_so(root):
-    (root / "benchmarks/results/study.jsonl").unlink()
-    made = text(root)
-    assert "It has not been run." in made and "one-sided" not in made
+    assert "](../hub/dfs_msdnet_cifar100/curve.svg)" in made and reproduction.PLOT not in reproduction.generated(root)
 
 
 def test_another_precision_of_joint_training_is_named(root):
@@ -109,6 +103,12 @@ def test_a_setting_that_wins_with_every_seed_is_clearly_ahead_and_one_that_varie
         "one-sided 0.9: no clear difference to joint training at any exit",
     ):
         assert made.count(f"- {verdict}\n") == 2, verdict
+
+
+def test_settings_of_the_study_that_were_not_run_are_named(root):
+    made = text(root)
+    missing = [setting for setting in study.SETTINGS if setting not in OUTCOMES]
+    assert missing and made.count(f"- not run: {'; '.join(missing)}\n") == 2
 
 
 def test_seeds_are_compared_with_the_same_seeds(root):

@@ -44,8 +44,7 @@ def main() -> None:
 
 def generated(root: Path) -> dict[str, str]:
     """The files under docs/ that a checkout's results make."""
-    files = {name: root / "hub" / name / "results.json" for name in (DFS, JOINT)}
-    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    results = {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in (DFS, JOINT)}
     runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     environment = jinja2.Environment(
@@ -57,19 +56,17 @@ def generated(root: Path) -> dict[str, str]:
     )
     environment.filters.update(millions=lambda count: f"{count / 1e6:.1f}", signed=lambda value: f"{value:+.2f}")
     environment.globals.update(verdict=verdict, minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)])
-    dfs, joint = results[DFS], results.get(JOINT)
+    dfs, joint = results[DFS], results[JOINT]
     text = environment.get_template("reproduction.md.jinja").render(
         dfs=dfs,
         joint=joint,
         published=published_results("cifar100", 100, dfs["flops"]),
         whole=dfs["last_exit_flops"],
         half={name: at_most(results[name], dfs["last_exit_flops"] / 2) for name in results},
-        reached=reached(dfs, joint) if joint else None,
+        reached=reached(dfs, joint),
         study=study(runs),
         speeds=speeds,
     )
-    if joint is None:
-        return {TEXT: text}
     title = f"{DFS}, {dfs['training']['epochs']} epochs: top-1 accuracy, %"
     return {TEXT: text, PLOT: curve.draw_two(title, dfs, joint, ("DFS", "joint"))}
 

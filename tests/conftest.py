@@ -1,4 +1,9 @@
-"""Every test starts from the same random state, and hypothesis from the same examples."""
+"""Every test starts from the same random state, and hypothesis from the same examples.
+
+Processes that share the tests (``-n``) share the cores too: torch would take all of them for each.
+"""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +11,11 @@ from hypothesis import settings
 
 settings.register_profile("timm_dfs", deadline=None, derandomize=True, max_examples=100, print_blob=True)
 settings.load_profile("timm_dfs")
+
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    share = max(1, (os.cpu_count() or 1) // int(processes))
+    torch.set_num_threads(share)
+    os.environ["OMP_NUM_THREADS"] = str(share)  # for the processes that tests start
 
 
 @pytest.fixture(autouse=True)

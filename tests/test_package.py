@@ -62,5 +62,5 @@ print(sorted(set(after[0]) - set(before[0]) - twins))
 
 @pytest.mark.parametrize("file", [".ci/run", "README.md"])
 def test_ci_runs_the_command_that_the_readme_gives(file):
-    command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest\n"
+    command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n 2\n"
     assert command in (ROOT / file).read_text()

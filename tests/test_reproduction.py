@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import shutil
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -81,13 +80,14 @@ def test_the_difference_of_the_two_rows_is_beside_the_papers(root):
     assert cells(made, "paper, DFS − MSDNet")[0] == "+8.36"
 
 
-def test_without_joint_weights_the_page_says_so_and_claims_no_difference(root):
-    shutil.rmtree(root / "hub" / reproduction.JOINT)
-    made = text(root)
-    assert "joint training has not been trained for as long here" in made
-    for claimed in ("here, joint", "here, DFS − joint", "eval dfs_msdnet_cifar100.joint"):
-        assert claimed not in made
-    assert "](../hub/dfs_msdnet_cifar100/curve.svg)" in made and reproduction.PLOT not in reproduction.generated(root)
+def test_at_how_many_exits_joint_training_is_ahead_is_counted_on_the_held_out_images(root):
+    def change(results):
+        results["held_out"]["top1"][2] += 1
+        results["held_out"]["top1"][5] += 1
+        results["held_out"]["top1"][6] -= 1
+
+    edit(root, reproduction.JOINT, change)
+    assert "`dfs_msdnet_cifar100.joint` is ahead at 2 of 7 exits" in text(root)
 
 
 def test_another_precision_of_joint_training_is_named(root):

@@ -68,6 +68,13 @@ def test_a_shipped_file_is_half_precision_and_small(name):
     assert (HUB / name / "model.safetensors").stat().st_size < 20e6
 
 
+def test_the_readmes_word_on_which_weights_are_better_is_the_results():
+    assert "joint training is ahead at every exit" in (HUB.parent / "README.md").read_text()
+    for split in ("held_out", "test"):
+        joint, dfs = (results(name)[split]["top1"] for name in ("dfs_msdnet_cifar100.joint", "dfs_msdnet_cifar100"))
+        assert all(one > other for one, other in zip(joint, dfs))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_as_accurate_as_its_results_say(name):

@@ -647,7 +647,7 @@ def test_a_growth_that_does_not_halve_is_refused_or_works(growth_rate, factors):
         (tiny_vgg, dict(widths=(6, 0))),
         (tiny_vgg, dict(depths=(), widths=())),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
 )
 def test_stages_that_do_not_fit_are_refused_with_their_numbers(make, settings):
     with pytest.raises(ValueError, match=r"positive number|one number") as error:

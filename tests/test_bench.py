@@ -80,4 +80,4 @@ def test_a_policy_of_another_network_is_refused(model):
 
 
 def test_the_machine_has_its_versions():
-    assert f"torch {torch.__version__}" in describe_machine() and "threads" in describe_machine()
+    assert f"torch {torch.__version__}" in describe_machine() and "thread" in describe_machine()

@@ -1,4 +1,4 @@
-"""Deep Feature Surgery for timm: networks with exits, trained without gradient conflict."""
+"""Deep Feature Surgery for timm: networks with exits, trained with less gradient conflict."""
 
 from . import factory, models, task
 from .budget import BudgetPoint, budgeted_batch, find_thresholds

@@ -132,13 +132,18 @@ def card(folder: Path) -> str:
         whole=results["last_exit_flops"],
         base_model=results.get("base_model"),
         versions=", ".join(f"{package} {version}" for package, version in training.get("versions", {}).items()),
-        settings=[(key, _described(value)) for key, value in training.get("settings", {}).items()],
+        settings=_settings(training),
     )
 
 
 def _how_trained(training: dict[str, Any]) -> str:
     parts = dict(samples="{:,} images of the training split", recipe="recipe `{}`", seed="seed {}")
     return ", ".join(text.format(training[key]) for key, text in parts.items() if key in training)
+
+
+def _settings(training: dict[str, Any]) -> list[tuple[str, str]]:
+    settings = {key: training[key] for key in ("batch_size",) if key in training} | training.get("settings", {})
+    return [(key, _described(value)) for key, value in settings.items()]
 
 
 def _described(value: Any) -> str:

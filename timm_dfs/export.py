@@ -19,7 +19,7 @@ from .card import write_card
 from .checkpoints import TrainingRun
 from .evaluate import anytime_accuracy, calibration_error
 from .flops import exit_flops, last_exit_flops
-from .machine import processor
+from .machine import processor, threads
 from .models.dfs_twins import BASES, PREFIX
 from .multi_exit import MultiExitModel
 from .operating_points import OperatingPoint, measure_policy
@@ -139,7 +139,7 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
         facts["settings"] = {key: recorded[key] for key in _SETTINGS if recorded.get(key) is not None}
         if recorded.get("config"):
             facts["recipe"] = Path(recorded["config"]).name
-    facts["measured_on"] = f"{torch.get_num_threads()} threads of {processor()}"
+    facts["measured_on"] = f"{threads()} of {processor()}"
     facts["versions"] = dict(torch=str(torch.__version__), timm=timm.__version__, timm_dfs=__version__)
     return facts
 

@@ -15,6 +15,12 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def threads() -> str:
+    """How many threads torch computes with here, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def describe_machine() -> str:
     """Processor, threads and versions, to print beside what was measured."""
-    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}"
+    return f"{processor()}, {threads()}, torch {torch.__version__}, timm {timm.__version__}"

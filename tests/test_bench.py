@@ -79,5 +79,7 @@ def test_a_policy_of_another_network_is_refused(model):
         timed(model, dict(wrong=ExitPolicy([0.5, 0.0])))
 
 
-def test_the_machine_has_its_versions():
-    assert f"torch {torch.__version__}" in describe_machine() and "thread" in describe_machine()
+@pytest.mark.parametrize(("count", "words"), [(1, ", 1 thread, "), (2, ", 2 threads, ")])
+def test_the_machine_has_its_threads_and_versions(monkeypatch, count, words):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert f"torch {torch.__version__}" in describe_machine() and words in describe_machine()

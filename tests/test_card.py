@@ -127,6 +127,27 @@ def test_a_card_shows_whatever_a_preset_records(folder):
     assert "| `careful` | not measured |" in text
 
 
+@pytest.mark.parametrize(("hours", "words"), [(0.5, "; 30.0 minutes by the clock"), (2.25, "; 2.2 hours by the clock")])
+def test_a_card_gives_the_time_in_a_unit_that_fits(folder, hours, words):
+    edit(folder / hub.RESULTS_FILE, lambda results: results["training"].update(hours=hours))
+    assert words in card.card(folder)
+
+
+def test_a_card_says_what_a_preset_loses_against_the_last_exit_on_the_test_split(folder):
+    def change(results):
+        results["test"]["top1"][-1] = 60.0
+        results["test"]["presets"]["fast"]["top1"] = 58.75
+
+    edit(folder / hub.RESULTS_FILE, change)
+    assert "| `fast` | 58.75 | -1.25 |" in card.card(folder)
+
+
+def test_a_card_gives_the_batch_size_beside_the_rate_and_versions_without_a_machine(folder):
+    edit(folder / hub.RESULTS_FILE, lambda results: results["training"].pop("measured_on"))
+    text = card.card(folder)
+    assert "| `batch_size` | 500 |\n" in text and "\n- measured on torch " in text
+
+
 def test_a_card_without_presets_or_training_record_is_whole_too(folder):
     edit(folder / "config.json", lambda config: config["model_args"].pop("presets"))
 

@@ -142,7 +142,9 @@ def _how_trained(training: dict[str, Any]) -> str:
 
 
 def _settings(training: dict[str, Any]) -> list[tuple[str, str]]:
-    settings = {key: training[key] for key in ("batch_size",) if key in training} | training.get("settings", {})
+    settings = dict(training.get("settings", {}))
+    if "batch_size" in training:  # without it a learning rate says little
+        settings = dict(batch_size=training["batch_size"], **settings)
     return [(key, _described(value)) for key, value in settings.items()]
 
 

@@ -18,7 +18,7 @@ import torch
 from common import METHODS, Trainer, augment, load, normaliser, peak_memory
 
 import timm_dfs
-from timm_dfs.machine import describe_machine
+from timm_dfs.evaluation.machine import describe_machine
 
 
 def main() -> None:

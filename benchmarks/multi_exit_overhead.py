@@ -13,8 +13,8 @@ import timm
 import torch
 
 import timm_dfs
-from timm_dfs.flops import last_exit_flops
-from timm_dfs.machine import describe_machine
+from timm_dfs.evaluation.flops import last_exit_flops
+from timm_dfs.evaluation.machine import describe_machine
 
 MODELS = ("resnet50", "convnext_tiny", "vit_small_patch16_224")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 from study import SETTINGS
 
-from timm_dfs import curve
+from timm_dfs.hub import curve
 from timm_dfs.report.published import published_results
 
 ROOT = Path(__file__).parent.parent

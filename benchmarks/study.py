@@ -18,8 +18,8 @@ import torch
 from common import Trainer, augment, load, normaliser
 
 import timm_dfs
-from timm_dfs.machine import describe_machine
-from timm_dfs.objective import Objective
+from timm_dfs.base.objective import Objective
+from timm_dfs.evaluation.machine import describe_machine
 
 SETTINGS = {
     "joint": dict(beta=None),

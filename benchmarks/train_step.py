@@ -26,8 +26,8 @@ from common import METHODS, Trainer, peak_memory
 from official import official_networks
 
 import timm_dfs
-from timm_dfs.machine import describe_machine
-from timm_dfs.partition import PartitionedConv2d
+from timm_dfs.base.partition import PartitionedConv2d
+from timm_dfs.evaluation.machine import describe_machine
 
 BATCH_SIZES = {"dfs_vgg7_cifar100": 200, "dfs_vgg16_imagenet": 8, "dfs_resnet18_cifar100": 64}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -18,10 +18,10 @@ import datasets
 import yaml
 
 import timm_dfs
-from timm_dfs import export
-from timm_dfs.checkpoints import read_run
-from timm_dfs.images import dataset_loader
-from timm_dfs.machine import processor, threads
+from timm_dfs.data.images import dataset_loader
+from timm_dfs.evaluation.machine import processor, threads
+from timm_dfs.hub import from_checkpoint as export
+from timm_dfs.training.run import read_run
 
 HUB = Path(__file__).parent.parent / "hub"
 DATA = {"dataset", "train_split", "val_split"}

@@ -2,15 +2,23 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
 import timm_dfs
-from timm_dfs import card, hub
-from timm_dfs.flops import last_exit_flops
+from timm_dfs.evaluation.flops import last_exit_flops
+from timm_dfs.hub import card
+from timm_dfs.hub import folder as hub
 from timm_dfs.models.dfs_twins import BASES
+
+ROOT = Path(__file__).parent.parent
+"""The checkout."""
+
+GOLDEN_DATA = Path(__file__).parent / "golden"
+"""Recorded outputs and published figures."""
 
 CLASSES = 5
 

@@ -1,4 +1,4 @@
-"""Each file of the package imports only from its own layer or the ones below."""
+"""Each file of the package imports only from its own room or the ones below it."""
 
 import ast
 from pathlib import Path
@@ -9,14 +9,22 @@ import timm_dfs
 
 PACKAGE = Path(timm_dfs.__file__).parent
 
-LAYERS = (  # lowest first
-    {"cifar100", "partition", "equilibrium", "objective", "policy", "budget", "factory", "taps", "remaining"}
-    | {"temperature", "threshold_search", "operating_points", "risk", "downloads", "version", "machine"},
-    {"heads", "multi_exit", "flops", "exit_points", "feature_heads", "encoders", "wrapped", "fusion"},
-    {"sources", "weights", "models.*"},
-    {"images", "inference", "evaluate", "losses", "aggregation", "task", "conflict", "checkpoints", "hub", "demo"}
-    | {"presets", "bench", "curve", "card", "export", "publish", "space", "report.*"},
-    {"cli.*"},
+ROOMS = (  # lowest first
+    "version",
+    "base",
+    "inference",
+    "wrapped",
+    "training",
+    "data",
+    "calibration",
+    "evaluation",
+    "pretrained",
+    "models",
+    "hub",
+    "report",
+    "demo",
+    "space",
+    "cli",
 )
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
@@ -28,12 +36,11 @@ def module_of(file):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer_of(module):
-    """Height of a module; a module outside the table fails."""
-    names = {module, module.partition(".")[0] + ".*"}
-    heights = [height for height, layer in enumerate(LAYERS) if names & layer]
-    assert len(heights) == 1, f"{module} has no place in the table of layers; give it one."
-    return heights[0]
+def height_of(module):
+    """Place of a module's room in the order; a room outside it fails."""
+    room = module.partition(".")[0]
+    assert room in ROOMS, f"{module} is in no room that the order knows; add it."
+    return ROOMS.index(room)
 
 
 def resolve(path):
@@ -70,31 +77,31 @@ def imports_of(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_a_file_imports_only_from_its_own_layer_or_lower_ones(file):
-    own = layer_of(module_of(file))
+def test_a_file_imports_only_from_its_own_room_or_lower_ones(file):
+    own = height_of(module_of(file))
     for module in imports_of(file):
-        assert module != "", f"{file.name} imports from the package's __init__, which sits above every layer."
-        assert layer_of(module) <= own, f"{file.name} imports {module}, which sits in a higher layer."
+        assert module != "", f"{file.name} imports from the package's __init__, which is above every room."
+        assert height_of(module) <= own, f"{file.name} imports {module}, whose room is higher."
 
 
 def test_the_imports_of_a_known_file_are_seen():
     seen = imports_of(PACKAGE / "models" / "dfs_vgg.py")
-    assert {"cifar100", "heads", "multi_exit", "weights"} <= seen
+    assert {"data.cifar100", "base.heads", "base.model", "models._builder"} <= seen
 
 
 @pytest.mark.parametrize(
     ("line", "module"),
     [
-        ("from .models import MSDNet", "models"),
-        ("from . import inference", "inference"),
+        ("from ..models import MSDNet", "models"),
+        ("from .. import inference", "inference"),
         ("import timm_dfs.cli", "cli"),
         ("from timm_dfs import predict", ""),
-        ("def later():\n    from timm_dfs.evaluate import collect_logits", "evaluate"),
+        ("def later():\n    from timm_dfs.evaluation.accuracy import collect_logits", "evaluation.accuracy"),
     ],
 )
 def test_every_way_to_import_upwards_is_seen(line, module, tmp_path, monkeypatch):
     if module == "cli":
         monkeypatch.setattr(f"{__name__}.resolve", lambda path: path)  # whether or not the file exists yet
-    probe = PACKAGE / "partition_probe.py"  # never written: only its place counts
+    probe = PACKAGE / "base" / "probe.py"  # never written: only its place counts
     monkeypatch.setattr(Path, "read_text", lambda self, *args, **kwargs: line)
     assert imports_of(probe) == {module}

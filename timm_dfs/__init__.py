@@ -1,29 +1,27 @@
 """Deep Feature Surgery for timm: networks with exits, trained with less gradient conflict."""
 
-from . import factory, models, task
-from .budget import BudgetPoint, budgeted_batch, find_thresholds
-from .conflict import GradientConflict, gradient_conflict
-from .evaluate import anytime_accuracy, calibration_error, collect_logits
-from .flops import exit_flops
-from .fusion import fuse
-from .inference import Prediction, predict
-from .losses import ExitsLoss
-from .multi_exit import MultiExitModel
-from .objective import Objective
-from .operating_points import (
-    Measurement,
-    OperatingPoint,
-    fit_operating_point,
-    measure_policy,
-    operating_frontier,
-)
-from .partition import Partition
-from .policy import ExitPolicy
-from .presets import fit_presets, write_presets
-from .risk import bound_risk, control_risk
-from .temperature import fit_temperatures
+from . import models
+from .base.model import MultiExitModel
+from .base.objective import Objective
+from .base.partition import Partition
+from .calibration.budgeted_batch import BudgetPoint, budgeted_batch, find_thresholds
+from .calibration.fit import fit_operating_point, operating_frontier
+from .calibration.operating_point import Measurement, OperatingPoint, measure_policy
+from .calibration.presets import fit_presets
+from .calibration.risk import bound_risk, control_risk
+from .calibration.temperature import fit_temperatures
+from .evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
+from .evaluation.flops import exit_flops
+from .hub.folder import write_presets
+from .inference.fusion import fuse
+from .inference.policy import ExitPolicy
+from .inference.prediction import Prediction, predict
+from .models import _factory
+from .training import task
+from .training.conflict import GradientConflict, gradient_conflict
+from .training.losses import ExitsLoss
 from .version import __version__ as __version__
-from .wrapped import MultiExit
+from .wrapped.multi_exit import MultiExit
 
 __all__ = [
     "BudgetPoint",
@@ -57,5 +55,5 @@ __all__ = [
     "write_presets",
 ]
 
-factory.install()
+_factory.install()
 task.install()

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from .images import prepare
-from .inference import predict, resolve_policy
-from .multi_exit import MultiExitModel
-from .policy import ExitPolicy
+from .base.model import MultiExitModel
+from .data.images import prepare
+from .inference.policy import ExitPolicy
+from .inference.prediction import predict, resolve_policy
 
 MODEL = "dfs_msdnet_cifar100"
 

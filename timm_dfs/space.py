@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from .base.evaluating import evaluating
+from .base.model import MultiExitModel
+from .data.images import labels_of, open_image, prepare
 from .demo import photographs
-from .flops import exit_flops, last_exit_flops
-from .images import labels_of, open_image, prepare
-from .inference import resolve_policy
-from .multi_exit import MultiExitModel, evaluating
-from .policy import ExitPolicy
+from .evaluation.flops import exit_flops, last_exit_flops
+from .inference.policy import ExitPolicy
+from .inference.prediction import resolve_policy
 
 ONE_THRESHOLD = "one threshold for all exits"
 """The operating point that the slider makes."""

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from timm.models import is_model_pretrained
 
-from ..checkpoints import read_run
-from ..inference import resolve_policy
-from ..multi_exit import MultiExitModel
-from ..policy import ExitPolicy
+from ..base.model import MultiExitModel
+from ..inference.policy import ExitPolicy
+from ..inference.prediction import resolve_policy
+from ..training.run import read_run
 
 app = typer.Typer(
     help="Networks with exits for timm: list, inspect, try and evaluate them.",

@@ -8,11 +8,11 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from ..bench import LAST_EXIT, Timing, exits_logits, halving_policy, measure
-from ..fusion import fuse
-from ..images import dataset_loader
-from ..inference import resolve_policy
-from ..machine import describe_machine
+from ..data.images import dataset_loader
+from ..evaluation.bench import LAST_EXIT, Timing, exits_logits, halving_policy, measure
+from ..evaluation.machine import describe_machine
+from ..inference.fusion import fuse
+from ..inference.prediction import resolve_policy
 from .base import (
     AsJson,
     Checkpoint,

@@ -6,14 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluate import anytime_accuracy, collect_logits
-from ..flops import exit_flops, last_exit_flops
-from ..images import dataset_loader
-from ..operating_points import check_budget, check_loss
-from ..policy import CONFIDENCES, PATIENCE, ExitPolicy
-from ..presets import NAMED, fit_presets, halves, write_presets
-from ..risk import check_confidence
-from ..temperature import fit_temperatures
+from ..calibration.fit import check_budget, check_loss
+from ..calibration.presets import NAMED, fit_presets, halves
+from ..calibration.risk import check_confidence
+from ..calibration.temperature import fit_temperatures
+from ..data.images import dataset_loader
+from ..evaluation.accuracy import anytime_accuracy, collect_logits
+from ..evaluation.flops import exit_flops, last_exit_flops
+from ..hub.folder import write_presets
+from ..inference.confidence import CONFIDENCES, PATIENCE
+from ..inference.policy import ExitPolicy
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
 from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
 

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..conflict import GradientConflict, gradient_conflict
-from ..evaluate import anytime_accuracy, calibration_error, collect_logits
-from ..flops import exit_flops
-from ..images import dataset_loader
-from ..multi_exit import MultiExitModel
+from ..base.model import MultiExitModel
+from ..data.images import dataset_loader
+from ..evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
+from ..evaluation.flops import exit_flops
+from ..training.conflict import GradientConflict, gradient_conflict
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
 from .source import BatchSize, DataDir, Dataset, InputKey, Split, TargetKey, Workers, data_of, tracked
 

@@ -6,15 +6,15 @@ from typing import Annotated
 import torch
 import typer
 
-from ..card import write_card
-from ..checkpoints import read_run
-from ..evaluate import collect_logits
-from ..export import base_model, export, trained_model, training_facts
-from ..hub import RESULTS_FILE
-from ..images import dataset_loader
-from ..multi_exit import MultiExitModel
-from ..publish import FILES, check_folder, publish
-from ..weights import packaged_folder
+from ..base.model import MultiExitModel
+from ..data.images import dataset_loader
+from ..evaluation.accuracy import collect_logits
+from ..hub.card import write_card
+from ..hub.folder import RESULTS_FILE
+from ..hub.from_checkpoint import base_model, export, trained_model, training_facts
+from ..hub.publish import FILES, check_folder, publish
+from ..pretrained.packaged import packaged_folder
+from ..training.run import read_run
 from .base import command, console
 from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
 

@@ -8,11 +8,12 @@ import typer
 from PIL import Image
 
 from .. import demo
-from ..flops import exit_flops, last_exit_flops
-from ..images import labels_of, open_image, prepare
-from ..inference import resolve_policy
-from ..multi_exit import MultiExitModel, evaluating
-from ..policy import ExitPolicy
+from ..base.evaluating import evaluating
+from ..base.model import MultiExitModel
+from ..data.images import labels_of, open_image, prepare
+from ..evaluation.flops import exit_flops, last_exit_flops
+from ..inference.policy import ExitPolicy
+from ..inference.prediction import resolve_policy
 from .base import (
     DEFAULT_PRESET,
     AsJson,

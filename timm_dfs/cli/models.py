@@ -6,7 +6,7 @@ import timm
 import typer
 from timm.models import get_arch_name, is_model_pretrained
 
-from ..flops import exit_flops, last_exit_flops
+from ..evaluation.flops import exit_flops, last_exit_flops
 from ..models.dfs_twins import BASES, PREFIX
 from .base import (
     AsJson,

@@ -7,24 +7,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..bench import Timing, measure
-from ..evaluate import collect_logits
-from ..fusion import fuse
-from ..images import dataset_loader, labels_of
-from ..inference import resolve_policy
-from ..multi_exit import MultiExitModel
+from ..base.model import MultiExitModel
+from ..data.images import dataset_loader, labels_of
+from ..evaluation.accuracy import collect_logits
+from ..evaluation.bench import Timing, measure
+from ..inference.fusion import fuse
+from ..inference.prediction import resolve_policy
 from ..report import About, check_new, find, require_plots, strip, training_of, write_report
-from .base import (
-    DEFAULT_PRESET,
-    AsJson,
-    Checkpoint,
-    ModelKwargs,
-    ModelName,
-    command,
-    console,
-    create,
-    print_json,
-)
+from .base import DEFAULT_PRESET, AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, print_json
 from .source import BatchSize, DataDir, Dataset, InputKey, Split, TargetKey, Workers, data_of, tracked
 
 TIMED = (1, 64)

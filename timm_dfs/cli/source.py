@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ..checkpoints import read_run
+from ..training.run import read_run
 
 Dataset = Annotated[
     str | None,

@@ -23,10 +23,10 @@ from timm.layers import ConvNormAct
 from timm.models import register_model
 from torch import nn
 
-from ..cifar100 import PRETRAINED_CFG as CIFAR100
-from ..heads import ExitHead
-from ..multi_exit import MultiExitModel
-from ..weights import build_model, pretrained_cfgs
+from ..base.heads import ExitHead
+from ..base.model import MultiExitModel
+from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
+from ._builder import build_model, pretrained_cfgs
 
 __all__ = ["MSDNet"]
 

@@ -16,10 +16,10 @@ from timm.models import register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-from ..cifar100 import PRETRAINED_CFG as CIFAR100
-from ..heads import ExitHead
-from ..multi_exit import MultiExitModel
-from ..weights import build_model, pretrained_cfgs
+from ..base.heads import ExitHead
+from ..base.model import MultiExitModel
+from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
+from ._builder import build_model, pretrained_cfgs
 
 __all__ = ["ExitResNetCifar"]
 

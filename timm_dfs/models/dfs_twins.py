@@ -15,13 +15,14 @@ from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_d
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import _model_default_cfgs
 
-from ..encoders import WithClassifier, is_encoder
-from ..exit_points import stages
-from ..factory import JOINT
-from ..objective import take_settings
-from ..sources import WEIGHTS_FILE, find_trained
-from ..weights import check_presets, fit_checkpoint, packaged_file, packaged_folder, packaged_model_args, packaged_names
-from ..wrapped import MultiExit
+from ..base.objective import take_settings
+from ..base.partition import JOINT
+from ..pretrained.checks import check_presets, fit_checkpoint
+from ..pretrained.packaged import WEIGHTS_FILE, packaged_file, packaged_folder, packaged_model_args, packaged_names
+from ..pretrained.sources import find_trained
+from ..wrapped.exit_points import stages
+from ..wrapped.multi_exit import MultiExit
+from ..wrapped.with_classifier import WithClassifier, is_encoder
 
 PREFIX = "dfs_"
 

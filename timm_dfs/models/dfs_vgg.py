@@ -13,11 +13,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from torch import nn
 
-from ..cifar100 import PRETRAINED_CFG as CIFAR100
-from ..heads import ExitHead
-from ..multi_exit import MultiExitModel
-from ..partition import Onward, PartitionedConv2d
-from ..weights import build_model, pretrained_cfgs
+from ..base.heads import ExitHead
+from ..base.model import MultiExitModel
+from ..base.partition import Onward, PartitionedConv2d
+from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
+from ._builder import build_model, pretrained_cfgs
 
 __all__ = ["ExitVGG"]
 

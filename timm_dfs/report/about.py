@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..checkpoints import read_run
-from ..hub import RESULTS_FILE
-from ..machine import describe_machine
+from ..evaluation.machine import describe_machine
+from ..hub.folder import RESULTS_FILE
+from ..pretrained.packaged import packaged_folder
+from ..training.run import read_run
 from ..version import __version__
-from ..weights import packaged_folder
 
 
 @dataclass(frozen=True)

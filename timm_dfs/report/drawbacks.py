@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from ..bench import Timing
+from ..evaluation.bench import Timing
 from .findings import Findings, Point
 
 SHORTFALL = 0.85

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bench import LAST_EXIT, Timing
+from ..evaluation.bench import LAST_EXIT, Timing
 from .findings import Findings
 from .published import Published
 from .theme import EARLY, exit_colours, light, themed

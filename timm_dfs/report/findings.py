@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..budget import BudgetPoint, budgeted_batch
-from ..evaluate import Reliability, anytime_accuracy, calibration_error, reliability, risk_coverage
-from ..flops import exit_flops, last_exit_flops
-from ..inference import resolve_policy
-from ..multi_exit import MultiExitModel
-from ..operating_points import Data, Measurement, fingerprints, measure_policy
-from ..policy import ExitPolicy
+from ..base.model import MultiExitModel
+from ..calibration.budgeted_batch import BudgetPoint, budgeted_batch
+from ..calibration.operating_point import Data, Measurement, fingerprints, measure_policy
+from ..evaluation.accuracy import Reliability, anytime_accuracy, calibration_error, reliability, risk_coverage
+from ..evaluation.flops import exit_flops, last_exit_flops
+from ..inference.policy import ExitPolicy
+from ..inference.prediction import resolve_policy
 from .published import Published, published_results
 
 

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..bench import LAST_EXIT, Timing
+from ..evaluation.bench import LAST_EXIT, Timing
 from .about import About
 from .drawbacks import where_it_loses
 from .figures import Drawing, draw

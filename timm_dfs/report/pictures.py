@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..images import as_pictures
-from ..multi_exit import MultiExitModel
+from ..base.model import MultiExitModel
+from ..data.images import as_pictures
 
 LARGEST = 96
 """Pixels: images are shown no larger."""

@@ -1,0 +1,149 @@
+"""Named operating points travel with the weights."""
+
+import json
+import os
+
+import pytest
+import timm
+import torch
+from formula_fill import exit_logits
+from helpers import images, settled, tiny_vgg
+
+import timm_dfs
+from timm_dfs.calibration import presets
+from timm_dfs.calibration.presets import NAMED, fit_presets, halves
+from timm_dfs.hub import folder as hub
+from timm_dfs.hub.folder import write_presets
+
+FLOPS = [10, 25, 45]
+
+
+@pytest.fixture(scope="module")
+def data():
+    logits, targets = exit_logits(3, 600, 3, 5)
+    return (logits[0], targets[0]), (logits[1], targets[1])
+
+
+def test_every_model_gets_the_named_points_and_those_asked_for(data):
+    val, _ = data
+    points = fit_presets(val, FLOPS, budgets=[20], losses=[4], split="held out")
+    assert list(points) == [*NAMED, "2e-05M", "loss-4"]
+    assert points["2e-05M"].average_flops <= 20
+    last = timm_dfs.anytime_accuracy(*val)[-1].item()
+    for name, loss in {**NAMED, "loss-4": 4}.items():
+        assert points[name].accuracy >= last - loss - 1e-4
+    assert {point.fitted_on.split for point in points.values()} == {"held out"}
+    assert points["fast"].average_flops < points["balanced"].average_flops <= points["accurate"].average_flops
+
+
+def test_with_held_out_data_every_point_has_a_bound(data):
+    points = fit_presets(*data[:1], FLOPS, losses=[8], held_out=data[1], probability=0.9)
+    assert all(point.risk.confidence == 0.9 and point.risk.samples == 600 for point in points.values())
+    assert points["loss-8"].risk.at_most == 8
+
+
+def test_halves_share_no_sample_and_lose_none():
+    logits, targets = torch.arange(14.0).reshape(2, 7, 1), torch.arange(7)
+    first, second = halves((logits, targets))
+    assert sorted([*first[1].tolist(), *second[1].tolist()]) == list(range(7))
+    assert torch.equal(first[0][0, :, 0], first[1].float()) and torch.equal(second[0][1, :, 0], 7 + second[1].float())
+    assert torch.equal(halves((logits, targets))[0][1], first[1])
+
+
+@pytest.fixture
+def model(data):
+    model = settled(tiny_vgg(depths=(1, 2), widths=(6, 8), pretrained_cfg_overlay=dict(num_classes=5)))
+    model.presets = {name: point.preset() for name, point in fit_presets(data[0], FLOPS).items()}
+    return model
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+@pytest.mark.parametrize("folder_exists", [False, True])
+def test_presets_come_back_by_name_with_the_weights(model, folder_exists, tmp_path):
+    folder = tmp_path / "published"
+    if folder_exists:
+        given, model.presets = model.presets, {}
+        hub.write_weights(model, folder)
+        model.load_state_dict({key: value.half().float() for key, value in model.state_dict().items()})
+        model.presets = given
+    write_presets(model, folder)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True, depths=(1, 2), widths=(6, 8)).eval()
+    assert again.presets == model.presets
+    x = images()
+    for name in NAMED:
+        expected = timm_dfs.ExitPolicy.from_preset(model.presets[name])
+        assert torch.equal(timm_dfs.predict(again, x, name).exit_index, timm_dfs.predict(again, x, expected).exit_index)
+    json.loads((folder / "config.json").read_text(), parse_constant=refuse)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert [file.name for file in tmp_path.iterdir()] == ["published"]
+
+
+def test_the_rest_of_a_config_stays_as_it_was(model, tmp_path):
+    write_presets(model, tmp_path / "m")
+    before = json.loads((tmp_path / "m" / "config.json").read_text())
+    model.presets = {"fast": model.presets["fast"]}
+    write_presets(model, tmp_path / "m")
+    after = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert after["model_args"].pop("presets") == model.presets
+    del before["model_args"]["presets"]
+    assert after == before
+
+
+def test_an_interrupted_writing_leaves_the_old_presets(model, tmp_path, monkeypatch):
+    write_presets(model, tmp_path / "m")
+    before = (tmp_path / "m" / "config.json").read_text()
+
+    def broken(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", broken)
+    model.presets = {}
+    with pytest.raises(OSError):
+        write_presets(model, tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").read_text() == before
+
+
+def test_another_model_s_folder_is_refused(model, tmp_path):
+    write_presets(model, tmp_path / "m")
+    other = settled(tiny_vgg(), seed=5)
+    with pytest.raises(ValueError, match="not those the presets were fitted to"):
+        write_presets(other, tmp_path / "m")
+
+
+def test_a_folder_without_a_model_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        write_presets(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        dict(thresholds=[0.5]),
+        dict(thresholds=["a"] * 3),
+        dict(temperatures=[1]),
+        dict(confidence="surprise"),
+        dict(accuracy="no"),
+    ],
+    ids=str,
+)
+def test_a_broken_preset_that_came_with_weights_is_dropped_with_a_warning_and_the_others_stay(model, broken, tmp_path):
+    model.presets["odd"] = {**model.presets["fast"], **broken}
+    write_presets(model, tmp_path / "m")
+    with pytest.warns(UserWarning, match=f"Dropped the presets odd: .*{next(iter(broken))[:9]}"):
+        again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, depths=(1, 2), widths=(6, 8))
+    assert again.presets.keys() == {*NAMED}
+
+
+def test_a_preset_with_fields_of_somebody_else_s_loads(model, tmp_path):
+    model.presets["fast"]["latency_ms"] = dict(p50=3.2)
+    write_presets(model, tmp_path / "m")
+    again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, depths=(1, 2), widths=(6, 8))
+    assert again.presets == model.presets
+
+
+def test_names_say_budget_and_loss():
+    assert [presets.budget_name(146.25e6), presets.budget_name(1e9)] == ["146.25M", "1000M"]
+    assert presets.loss_name(0.5) == "loss-0.5"

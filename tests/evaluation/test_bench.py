@@ -1,0 +1,85 @@
+"""What the benchmark counts is what is computed; how long it takes is not tested."""
+
+import math
+
+import pytest
+import torch
+from helpers import TINY, images, recorded_heads, settled, wrapped
+
+from timm_dfs import ExitPolicy, exit_flops, predict
+from timm_dfs.evaluation.bench import LAST_EXIT, exits_logits, halving_policy, measure
+from timm_dfs.evaluation.flops import last_exit_flops
+from timm_dfs.evaluation.machine import describe_machine
+
+
+@pytest.fixture(scope="module")
+def model():
+    return settled(TINY["msdnet"]())
+
+
+def timed(model, policies, batch_sizes=(2,), count=8, size=16):
+    return measure(model, images(count, size=size), policies, batch_sizes, seconds=0, least_rounds=2)
+
+
+def test_every_way_is_timed_at_every_batch_size(model):
+    timings = timed(model, dict(never=ExitPolicy([2.0, 2.0, 0.0])), (1, 4))
+    ways = [LAST_EXIT, "exit 0 alone", "exit 1 alone", "never"]
+    assert [(t.batch_size, t.way) for t in timings] == [(size, way) for size in (1, 4) for way in ways]
+    for t in timings:
+        assert t.images_per_second > 0 and 0 < t.p50 <= t.p95 <= t.p99
+        assert math.isclose(t.achieved * t.cost_ratio, t.speedup)
+
+
+def test_the_last_exit_alone_is_measured_against_itself(model):
+    first = timed(model, {})[0]
+    assert (first.way, first.speedup, first.cost_ratio, first.achieved) == (LAST_EXIT, 1, 1, 1)
+
+
+def test_a_policys_cost_is_of_the_heads_that_it_computes(model):
+    full, size = last_exit_flops(model, (3, 16, 16)), (3, 16, 16)
+    ratios = {t.way: t.cost_ratio for t in timed(model, dict(
+        never=ExitPolicy([2.0, 2.0, 0.0]), first=ExitPolicy([0.0, 2.0, 0.0]), second=ExitPolicy([None, 0.0, 0.0]),
+    ))}  # fmt: skip
+    assert ratios["never"] == 1
+    assert ratios["first"] == pytest.approx(full / exit_flops(model, size, lazy=True)[0])
+    assert ratios["second"] == pytest.approx(full / exit_flops(model, size, lazy=True, heads=(1,))[1])
+    assert ratios["second"] == ratios["exit 1 alone"] and ratios["first"] == ratios["exit 0 alone"]
+
+
+def test_heads_that_nobody_computes_cost_nothing(model):
+    for lazy in (False, True):
+        every, alone = (exit_flops(model, (3, 16, 16), lazy, heads) for heads in (None, ()))
+        assert every[0] == alone[0] and all(a < e for a, e in zip(alone[1:], every[1:]))
+        assert exit_flops(model, (3, 16, 16), lazy, range(3)) == every
+    assert alone[-1] == last_exit_flops(model, (3, 16, 16))
+
+
+@pytest.mark.parametrize("exits", [None, (0,), (1,)])
+def test_the_halving_policy_halves_the_cost(exits):
+    model, batch = settled(wrapped("NLC", exits=4)), images(64, size=64)
+    policy = halving_policy(model, exits_logits(model, batch), (3, 64, 64), exits)
+    answering = (0, 1, 2, 3) if exits is None else (*exits, 3)
+    assert set(policy.answering) <= set(answering)
+    costs = torch.tensor(exit_flops(model, (3, 64, 64), lazy=True, heads=policy.answering)).double()
+    share = costs[predict(model, batch, policy).exit_index].mean().item() / last_exit_flops(model, (3, 64, 64))
+    assert share == pytest.approx(0.5, abs=0.1)
+    with recorded_heads(model) as calls:
+        predict(model, batch, policy)
+    assert set(calls) <= set(answering)
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (9,)])
+def test_batches_that_the_images_do_not_fill_are_refused(model, sizes):
+    with pytest.raises(ValueError, match="batch_sizes is"):
+        timed(model, {}, sizes)
+
+
+def test_a_policy_of_another_network_is_refused(model):
+    with pytest.raises(ValueError, match="2 thresholds"):
+        timed(model, dict(wrong=ExitPolicy([0.5, 0.0])))
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, ", 1 thread, "), (2, ", 2 threads, ")])
+def test_the_machine_has_its_threads_and_versions(monkeypatch, count, words):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert f"torch {torch.__version__}" in describe_machine() and words in describe_machine()

@@ -1,0 +1,105 @@
+"""What is shipped: the folders under hub/ load, agree with themselves, and their cards come from their results."""
+
+import json
+import os
+
+import pytest
+import timm
+import torch
+from helpers import ROOT, images, settled, tiny_vgg
+
+import timm_dfs
+from timm_dfs.data.images import dataset_loader
+from timm_dfs.hub import card
+from timm_dfs.hub import folder as hub
+
+HUB = ROOT / "hub"
+SHIPPED = [folder.name for folder in card.model_folders(HUB)]
+
+
+def results(name):
+    return json.loads((HUB / name / hub.RESULTS_FILE).read_text())
+
+
+def test_a_written_model_loads_from_its_folder_with_settings_and_presets(tmp_path):
+    settings = dict(depths=(1, 2), widths=(6, 8), beta=None, referencing="one_sided")
+    model = settled(tiny_vgg(**settings))
+    model.presets = {"fast": dict(thresholds=[0.5, None, 0.0], confidence="max_prob")}
+    hub.write_weights(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (again.beta, again.referencing, again.presets) == (None, "one_sided", model.presets)
+    assert torch.allclose(again(images()), model(images()), rtol=1e-2, atol=1e-2)  # half precision
+    assert timm_dfs.predict(again, images(), "fast").exit_index.shape == (4,)
+
+
+def test_the_config_is_json_that_any_reader_takes(tmp_path):
+    model = tiny_vgg()
+    model.presets = {"never": dict(thresholds=[None, None, 0.0])}
+    hub.write_weights(model, tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((tmp_path / hub.CONFIG_FILE).read_text(), parse_constant=refuse)
+
+
+def test_something_is_shipped():
+    assert "dfs_msdnet_cifar100" in SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_gives_the_logits_it_was_shipped_with(name):
+    model = timm.create_model(name, pretrained=True)
+    expected = torch.tensor(results(name)["golden_logits"])
+    assert torch.allclose(torch.tensor(hub.golden_logits(model)), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_has_its_operating_points_and_costs_what_its_results_say(name):
+    model = timm.create_model(name, pretrained=True)
+    assert timm_dfs.exit_flops(model, lazy=True) == results(name)["flops_lazy"]
+    assert model.presets.keys() == results(name)["test"]["presets"].keys() and model.presets
+    for preset in model.presets:
+        assert timm_dfs.predict(model, hub.golden_batch(model), preset).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_is_half_precision_and_small(name):
+    assert (HUB / name / "model.safetensors").stat().st_size < 20e6
+
+
+def test_the_readmes_word_on_which_weights_are_better_is_the_results():
+    readme = " ".join((HUB.parent / "README.md").read_text().split())
+    assert "On the held-out images joint training is ahead at every exit" in readme
+    assert "on the test images DFS is ahead at the first exit only" in readme
+
+    def dfs_is_ahead(split):
+        joint, dfs = (results(name)[split]["top1"] for name in ("dfs_msdnet_cifar100.joint", "dfs_msdnet_cifar100"))
+        return [ours > theirs for ours, theirs in zip(dfs, joint)]
+
+    assert not any(dfs_is_ahead("held_out"))
+    assert dfs_is_ahead("test") == [True] + 6 * [False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_as_accurate_as_its_results_say(name):
+    data = os.environ.get("CIFAR100")
+    if data is None:
+        pytest.skip("CIFAR100 does not name a folder with the data set, in the Hub's layout")
+    model = timm.create_model(name, pretrained=True)
+    loader = dataset_loader(model, f"hfds/{data}", None, "test", "img", "fine_label", 128, 1)
+    top1 = timm_dfs.anytime_accuracy(*timm_dfs.collect_logits(model, loader))
+    assert torch.allclose(top1, torch.tensor(results(name)["test"]["top1"]), atol=0.05)
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused_by_name(tmp_path):
+    model = tiny_vgg()
+    model.stages[0].bn.running_var.fill_(1e6)
+    with pytest.raises(ValueError, match=r"stages\.0\.bn\.running_var"):
+        hub.write_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_comes_with_the_package(name):
+    assert f'"hub/{name}" = "timm_dfs/pretrained/weights/{name}"\n' in (HUB.parent / "pyproject.toml").read_text()

@@ -1,0 +1,210 @@
+"""From a checkpoint of train.py's to a folder that publishing takes."""
+
+import argparse
+import json
+import runpy
+import shutil
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from helpers import ROOT
+from PIL import Image
+from typer.testing import CliRunner
+
+from timm_dfs.calibration.presets import NAMED, fit_presets
+from timm_dfs.cli import app
+from timm_dfs.hub import from_checkpoint as export
+from timm_dfs.hub.publish import check_folder
+from timm_dfs.inference.confidence import CONFIDENCES
+from timm_dfs.training.run import TrainingRun
+
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny data set with a split to hold out and one to test on."""
+    folder = tmp_path_factory.mktemp("data")
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(num_classes=10)})
+    for seed, split in enumerate(("validation", "test")):
+        noise = np.random.default_rng(seed).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+        rows = {"img": [Image.fromarray(image) for image in noise], "fine_label": [i % 10 for i in range(12)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, data):
+    torch.manual_seed(0)
+    settings = dict(depths=(1, 2), widths=(6, 8), beta=0.25)
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=10, **settings)
+    args = argparse.Namespace(
+        model="dfs_vgg7_cifar100",
+        num_classes=10,
+        in_chans=None,
+        gp=None,
+        model_kwargs=settings,
+        dataset=f"hfds/{data}",
+        data_dir=None,
+        val_split="validation",
+        input_key="img",
+        target_key="fine_label",
+    )
+    folder = tmp_path_factory.mktemp("run")
+    torch.save(dict(epoch=2, arch=args.model, args=args, state_dict=model.state_dict()), folder / "last.pth.tar")
+    (folder / "args.yaml").write_text("seed: 7\nopt: sgd\nlr: 0.1\nconfig: recipes/mine.yaml\n")
+    return folder / "last.pth.tar"
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_a_checkpoint_becomes_a_folder_that_can_be_published(checkpoint, tmp_path):
+    done = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0)
+    assert done.exit_code == 0, done.output
+    model = check_folder(tmp_path / "mine")
+    assert model.beta == 0.25 and model.num_classes == 10 and set(model.presets) == {"accurate", "balanced", "fast"}
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "Trained for 3 epochs" in card and "recipe `mine.yaml`, seed 7" in card and "| `lr` | 0.1 |" in card
+    assert run("publish", tmp_path / "mine", "--repo", "me/mine", "--dry-run").exit_code == 0
+
+
+def test_exporting_again_replaces_the_folder_by_the_same(checkpoint, tmp_path):
+    for _ in range(2):
+        assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_export_that_fails_leaves_the_old_folder(checkpoint, tmp_path):
+    assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()}
+    failed = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0, "--test", "absent")
+    assert failed.exit_code == 2 and "absent" in failed.stderr
+    assert {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()} == before
+
+
+def test_thresholds_are_not_fixed_on_the_test_split(checkpoint, tmp_path):
+    refused = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--held-out", "test")
+    assert refused.exit_code == 2 and "both test" in refused.stderr and not (tmp_path / "mine").exists()
+
+
+def test_the_presets_results_are_what_the_shipped_network_does(checkpoint, tmp_path, data):
+    assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
+    results = json.loads((tmp_path / "mine" / "results.json").read_text())
+    point = results["test"]["presets"]["balanced"]
+    assert results["flops_lazy"][0] <= point["average_flops"] <= results["flops_lazy"][-1]
+    assert sum(point["exit_shares"]) == pytest.approx(1) and results["test"]["samples"] == 12
+    assert results["dataset"] == str(data)
+
+
+@pytest.mark.parametrize(
+    ("model", "started", "expected"),
+    [
+        ("dfs_resnet18", True, dict(base_model="timm/resnet18.a1_in1k")),
+        ("dfs_resnet18", False, {}),
+        ("dfs_vgg7_cifar100", True, {}),
+    ],
+)
+def test_a_twin_that_started_from_timms_weights_names_them(model, started, expected, tmp_path):
+    (tmp_path / "args.yaml").write_text(f"pretrained: {started}")
+    assert export.base_model(TrainingRun(model), tmp_path / "last.pth.tar") == expected
+
+
+def test_the_points_shipped_are_by_the_confidence_with_which_they_cost_least():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(5, (400,), generator=generator)
+    logits = torch.randn(3, 400, 5, generator=generator)
+    logits += torch.tensor([1.0, 2.0, 3.0])[:, None, None] * torch.nn.functional.one_hot(targets, 5)
+    found = export.operating_points((logits, targets), [1, 2, 4], dataset="made up", split="validation")
+    costs = {
+        name: [point.average_flops for point in fit_presets((logits, targets), [1, 2, 4], confidence=name).values()]
+        for name in CONFIDENCES
+    }
+    assert [point.average_flops for point in found.values()] == min(costs.values(), key=sum)
+    assert set(found) == set(NAMED) and all(point.fitted_on.dataset == "made up" for point in found.values())
+
+
+@pytest.fixture
+def ship(checkpoint, data, tmp_path, monkeypatch):
+    """recipes/ship.py on the run and a recipe, into a hub of its own: the folder's name and its results."""
+    recipe, script = tmp_path / "mine.yaml", tmp_path / "recipes" / "ship.py"
+    settings = dict(model="dfs_vgg7_cifar100", epochs=3, dataset="hfds/made/up", train_split="validation", amp=True)
+    recipe.write_text(yaml.safe_dump(settings))
+    script.parent.mkdir()
+    shutil.copy(RECIPES / "ship.py", script)
+    of_data = dict(dataset=f"hfds/{data}", data_dir=None, val_split="validation")
+    keys = dict(input_key="img", target_key="fine_label")
+    run_folder = tmp_path / "run"
+    shutil.copytree(checkpoint.parent, run_folder)
+
+    def call(*options, **changed):
+        arguments = {**settings, **of_data, **keys, "model_kwargs": {}, **changed}
+        (run_folder / "args.yaml").write_text(yaml.safe_dump(arguments))
+        monkeypatch.setattr(sys, "argv", ["ship.py", str(run_folder), "--recipe", str(recipe), *options])
+        monkeypatch.chdir(RECIPES)  # a checkout
+        runpy.run_path(str(script), run_name="__main__")
+        (folder,) = (tmp_path / "hub").iterdir()
+        return folder, json.loads((folder / "results.json").read_text())
+
+    (tmp_path / "hub").mkdir()
+    return call
+
+
+def test_a_finished_run_of_a_recipe_is_shipped_under_the_models_name(ship):
+    folder, results = ship()
+    assert folder.name == results["model"] == "dfs_vgg7_cifar100"
+    assert results["training"]["recipe"] == "mine.yaml" and results["training"]["samples"] == 12
+    assert results["dataset"] == "made/up" and check_folder(folder).beta == 0.25
+
+
+def test_other_settings_than_the_recipes_are_shipped_under_a_tag_only(ship, capsys):
+    with pytest.raises(SystemExit):
+        ship(model_kwargs=dict(beta=0.25))
+    assert "give it a --tag" in capsys.readouterr().err
+    folder, results = ship("--tag", "quarter", model_kwargs=dict(beta=0.25))
+    assert folder.name == results["model"] == "dfs_vgg7_cifar100.quarter"
+    assert check_folder(folder).pretrained_cfg["tag"] == "quarter"
+    assert "# dfs_vgg7_cifar100.quarter" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"), [(dict(epochs=4), "differs from the recipe in epochs"), (dict(model="other"), "in model")]
+)
+def test_a_run_that_is_not_its_recipes_is_not_shipped(ship, capsys, changed, why):
+    with pytest.raises(SystemExit):
+        ship(**changed)
+    assert why in capsys.readouterr().err
+
+
+def test_a_run_in_another_precision_is_shipped_and_its_card_says_so(ship):
+    folder, results = ship(amp=False)
+    assert results["training"]["other_than_recipe"] == dict(amp=False)
+    assert "- other than in the recipe: amp False\n" in (folder / "README.md").read_text()
+    assert "other than in the recipe" not in (ship()[0] / "README.md").read_text()
+
+
+def test_a_run_from_another_machine_says_on_what_it_trained(ship, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ship(device="cuda")
+    assert "the run trained on cuda; say on what in" in capsys.readouterr().err
+    (tmp_path / "run" / "hardware.txt").write_text("one card\n")
+    _, results = ship("--dataset", f"hfds/{data}", device="cuda", dataset="hfds//there/not/here")
+    assert results["training"]["hardware"] == "one card" and results["dataset"] == "made/up"
+
+
+def test_what_a_recipe_leaves_open_a_run_may_choose(ship):
+    assert ship(lr=0.2)[1]["training"]["settings"]["lr"] == 0.2
+
+
+def test_the_hours_of_a_resumed_run_are_not_claimed(checkpoint, tmp_path):
+    shutil.copytree(checkpoint.parent, tmp_path / "run")
+    arguments, file = tmp_path / "run" / "args.yaml", tmp_path / "run" / checkpoint.name
+    assert "hours" in export.training_facts(TrainingRun("dfs_vgg7_cifar100"), file)
+    arguments.write_text(arguments.read_text() + "resume: run/last.pth.tar\n")
+    assert "hours" not in export.training_facts(TrainingRun("dfs_vgg7_cifar100"), file)

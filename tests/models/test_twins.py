@@ -1,0 +1,310 @@
+"""Every architecture of timm's has a twin with exits, and weights reach it whatever their keys."""
+
+import json
+import warnings
+
+import pytest
+import timm
+import torch
+from helpers import BACKBONES, CLASSES, backbone, images, settled, twin
+from timm.models import save_for_hf
+from torch import nn
+
+import timm_dfs
+from timm_dfs import MultiExit, Objective, exit_flops
+from timm_dfs.evaluation import flops
+
+BASES = [name for name in timm.list_models() if not name.startswith("dfs_")]
+
+
+def x(batch=3, size=64, **kwargs):
+    return images(batch, size=size, **kwargs)
+
+
+def assert_same_answers(ours, theirs, batch=None):
+    batch = x() if batch is None else batch
+    for mine, its in zip(ours.eval().forward_exits(batch), theirs.eval().forward_exits(batch), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.fixture
+def silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# Names.
+
+
+def test_every_architecture_has_a_twin():
+    names = set(timm.list_models("dfs_*"))
+    assert len(BASES) > 1300 and {f"dfs_{name}" for name in BASES} <= names
+
+
+def test_only_what_has_trained_exits_is_listed_as_pretrained():
+    from_hub = {name.partition(".")[0] for name in timm.list_pretrained("dfs_*")}
+    assert "dfs_msdnet_cifar100" in from_hub
+    assert all(not timm.get_pretrained_cfg(name).hf_hub_id for name in ("dfs_resnet50", "dfs_vit_base_patch16_224"))
+    assert "dfs_resnet50" not in from_hub
+
+
+def test_timms_lists_work_with_the_twins():
+    assert {"resnet50", "dfs_resnet50"} <= set(timm.list_models("*resnet50"))
+    assert timm.list_models("dfs_resnet18*")[0] == "dfs_resnet18"
+    assert "dfs_twins" in timm.list_modules()
+    assert timm.is_model("dfs_resnet50") and "dfs_resnet50" in timm.list_models(module="dfs_twins")
+    assert set(timm.list_models(module="resnet")) == {n for n in timm.list_models(module="resnet") if "dfs" not in n}
+
+
+def test_a_twin_wants_the_images_that_its_base_does():
+    for name in ("resnet50", "vit_base_patch16_224.augreg2_in21k_ft_in1k", "beit_base_patch16_224"):
+        ours, theirs = timm.get_pretrained_cfg(f"dfs_{name}"), timm.get_pretrained_cfg(name)
+        for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "num_classes"):
+            assert getattr(ours, key) == getattr(theirs, key), key
+
+
+# Arguments.
+
+
+def test_by_default_a_twin_is_half_partitioned_and_two_sided_with_four_exits():
+    model = timm.create_model("dfs_test_resnet")
+    assert isinstance(model, MultiExit)
+    assert (model.num_exits, model.beta, model.referencing) == (4, 0.5, "two_sided")
+
+
+def test_a_twin_of_three_stages_has_three_exits():
+    assert timm.create_model("dfs_levit_128s", device="meta").num_exits == 3
+
+
+@pytest.mark.parametrize("beta", [None, "joint"])
+def test_joint_training_reaches_a_twin(beta):
+    assert twin(beta=beta).beta is None
+
+
+def test_arguments_about_exits_reach_the_exits_and_the_others_the_base():
+    model = twin("NLC", exits=("blocks.1",), beta=0.25, referencing="off", drop_path_rate=0.2, global_pool="avg")
+    assert (model.num_exits, model.beta, model.referencing) == (2, 0.25, "off")
+    assert model.backbone.global_pool == "avg" and not model.heads[0].body[-1].first
+    assert model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    grey = twin(in_chans=1)
+    assert grey.in_chans == 1 and grey(x(channels=1))[0].shape == (3, CLASSES)
+
+
+def test_a_twin_for_other_images_says_so():
+    model = twin("NLC", img_size=96)
+    assert model.pretrained_cfg["input_size"] == (3, 96, 96)
+    assert exit_flops(model) == exit_flops(model, (3, 96, 96))
+    levit = timm.create_model("dfs_levit_128s", img_size=64, device="meta")  # nowhere keeps the size
+    assert levit.pretrained_cfg["input_size"] == (3, 64, 64)
+
+
+def test_dropout_is_the_bases_unless_given_for_the_exits():
+    assert [head.drop.p for head in twin(drop_rate=0.2).heads] == [0.2, 0.2]
+    model = twin(drop_rate=0.2, exit_drop_rate=0.4)
+    assert [head.drop.p for head in model.heads] == [0.4, 0.4] and model.backbone.drop_rate == 0.2
+
+
+def test_settings_of_training_reach_the_objective():
+    model = twin(loss_weights=[1, 1, 2], distill_weight=0.3, train_backbone=False)
+    assert model.objective == Objective(loss_weights=(1, 1, 2), distill_weight=0.3, train_backbone=False)
+    with pytest.raises(ValueError, match="loss_weights has 2 entries"):
+        twin(loss_weights=[1, 2])
+
+
+def test_an_argument_that_neither_takes_is_refused():
+    with pytest.raises(TypeError, match="foo"):
+        twin(foo=1)
+
+
+@pytest.mark.parametrize("exits", [0, 1, 9, (), ("nowhere",)])
+def test_exits_that_cannot_be_are_refused(exits):
+    with pytest.raises(ValueError, match=r"exits|no module"):
+        twin(exits=exits)
+
+
+def test_features_only_gives_the_bases_features():
+    ours = timm.create_model("dfs_test_resnet", features_only=True, exits=3, beta=0.5)
+    assert ours.feature_info.channels() == timm.create_model("test_resnet", features_only=True).feature_info.channels()
+
+
+def test_a_twin_made_on_no_data_has_no_data():
+    assert all(parameter.is_meta for parameter in timm.create_model("dfs_test_vit", device="meta").parameters())
+
+
+# Weights.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A twin that somebody trained, and a file with its weights."""
+    model = settled(twin())
+    file = tmp_path_factory.mktemp("twin") / "twin.pth"
+    torch.save(model.state_dict(), file)
+    return model, file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A plain network of timm's, and a file with its weights."""
+    model = backbone().eval()
+    file = tmp_path_factory.mktemp("base") / "base.pth"
+    torch.save(model.state_dict(), file)
+    return model, file
+
+
+def loaded(source, **kwargs):
+    overlay = source if isinstance(source, dict) else dict(file=str(source))
+    return twin(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def test_a_twins_weights_come_back(trained, silent):
+    model, file = trained
+    assert_same_answers(loaded(file), model)
+    assert_same_answers(loaded(dict(state_dict=model.state_dict())), model)
+
+
+def test_a_twins_weights_fit_any_partition(trained):
+    model, file = trained
+    other = loaded(file, beta=None, referencing="one_sided")
+    assert_same_answers(other, model)
+
+
+def test_a_twins_weights_get_other_classes_at_every_exit(trained):
+    model, file = trained
+    other = loaded(file, num_classes=9)
+    assert [answer.shape[1] for answer in other.forward_exits(x())] == [9, 9, 9]
+    for name, value in other.state_dict().items():
+        if name.endswith(("fc.weight", "fc.bias")):
+            continue
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_without_classes_a_twins_weights_load(trained):
+    model, file = trained
+    other = loaded(file, num_classes=0)
+    assert torch.equal(other(x()), model.forward_head(model.forward_features(x()), pre_logits=True))
+
+
+def test_grey_images_take_the_sum_of_the_colour_filters(trained):
+    model, file = trained
+    first = loaded(file, in_chans=1).backbone.conv1[0].weight
+    assert torch.allclose(first, model.backbone.conv1[0].weight.sum(1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("exits", [2, 4])
+def test_a_twins_weights_for_other_exits_are_refused_with_the_remedy(trained, exits):
+    with pytest.raises(ValueError, match="Give the exits"):
+        loaded(trained[1], exits=exits)
+
+
+def test_the_bases_weights_get_fresh_exits_and_one_warning(base):
+    model, file = base
+    with pytest.warns(UserWarning, match="2 early exits are untrained") as warned:
+        other = loaded(file)
+    assert len(warned) == 1
+    assert torch.equal(other(x()), model(x()))
+    with pytest.warns(UserWarning, match="untrained"):
+        other = loaded(dict(state_dict=model.state_dict()))
+    assert torch.equal(other(x()), model(x()))
+
+
+@pytest.mark.filterwarnings("ignore:dfs_test_resnet has the weights")
+def test_the_bases_weights_get_other_classes(base):
+    model, file = base
+    other = loaded(file, num_classes=9)
+    assert [answer.shape[1] for answer in other.forward_exits(x())] == [9, 9, 9]
+    assert torch.equal(other.forward_features(x()), model.forward_features(x()))
+
+
+def test_a_train_scripts_checkpoint_path_takes_both(trained, base):
+    other = timm.create_model("dfs_test_resnet", num_classes=CLASSES, exits=3, checkpoint_path=str(trained[1]))
+    assert_same_answers(other, trained[0])
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    torch.save({"foo.weight": torch.ones(1)}, tmp_path / "foo.pth")
+    with pytest.raises(ValueError, match=r"foo.pth are none of dfs_test_resnet's or test_resnet's"):
+        loaded(tmp_path / "foo.pth")
+    with pytest.raises(FileNotFoundError):
+        loaded(tmp_path / "absent.pth")
+
+
+def test_the_config_names_what_timm_adapts():
+    model = twin()
+    assert model.pretrained_cfg["classifier"] == ("heads.0.fc", "heads.1.fc", "backbone.fc")
+    assert model.pretrained_cfg["first_conv"] == ("backbone.conv1.0",)
+    for name in (*model.pretrained_cfg["classifier"], *model.pretrained_cfg["first_conv"]):
+        assert isinstance(model.get_submodule(name), (nn.Linear, nn.Conv2d))
+
+
+def test_a_config_that_is_given_reaches_the_twin():
+    model = twin(pretrained_cfg_overlay=dict(mean=(0.1, 0.2, 0.3), crop_pct=0.5))
+    assert model.pretrained_cfg["mean"] == (0.1, 0.2, 0.3) and model.pretrained_cfg["crop_pct"] == 0.5
+
+
+# Publishing.
+
+
+@pytest.mark.parametrize("layout", BACKBONES)
+def test_what_is_saved_for_the_hub_comes_back_bit_for_bit(layout, tmp_path):
+    settings = dict(beta=None, referencing="one_sided", exits=3)
+    settings.update({key: value for key, value in BACKBONES[layout][1].items()})
+    model = settled(twin(layout, **settings))
+    model.presets = {"fast": dict(thresholds=[0.9, 0.8, 0.0], confidence="max_prob")}
+    save_for_hf(model, tmp_path, model_args=dict(settings))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert (again.num_exits, again.beta, again.referencing) == (3, None, "one_sided")
+    assert again.presets == model.presets and again.exit_points == model.exit_points
+    assert_same_answers(again, model)
+    for key in ("input_size", "mean", "std"):
+        assert tuple(again.pretrained_cfg[key]) == tuple(model.pretrained_cfg[key]), key
+    assert again.pretrained_cfg["num_classes"] == CLASSES
+
+
+def test_model_args_say_what_rebuilds_the_model(tmp_path):
+    model = twin(exits=("layer2", "layer3"), beta=0.25)
+    save_for_hf(model, tmp_path, model_args=dict(exits=["layer2", "layer3"]))
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert args["beta"] == 0.25 and args["referencing"] == "two_sided" and args["exits"] == ["layer2", "layer3"]
+
+
+def test_a_model_loaded_with_other_classes_drops_its_presets(tmp_path):
+    model = twin()
+    model.presets = {"fast": dict(thresholds=[0.9, 0.8, 0.0], confidence="max_prob")}
+    save_for_hf(model, tmp_path, model_args=dict(exits=3))
+    with pytest.warns(UserWarning, match="Dropped the presets fast"):
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
+    assert again.presets == {} and again.num_classes == 7
+
+
+# Heads that are no burden.
+
+
+class UpTo(nn.Module):
+    """One exit, with its head or without."""
+
+    def __init__(self, model, exit_index, with_head):
+        super().__init__()
+        self.model, self.exit_index = model, exit_index
+        self.read = None if with_head else lambda _, feature: feature
+
+    def forward(self, batch):
+        answers = []
+        self.model.walk(batch, lambda _, answer: answers.append(answer), (self.exit_index,), self.read)
+        return answers[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet50", "convnext_atto", "vit_tiny_patch16_224", "mobilenetv3_small_100", "swin_tiny_patch4_window7_224"],
+)
+def test_a_head_costs_little_of_what_leads_to_it(name):
+    model = timm.create_model(f"dfs_{name}")
+    for k in range(model.num_exits - 1):
+        alone, headed = (flops._count(UpTo(model, k, with_head), model, None) for with_head in (False, True))
+        assert 0 < headed - alone < 0.15 * headed, (k, (headed - alone) / headed)
+
+
+def test_the_package_names_it():
+    assert timm_dfs.MultiExit is MultiExit and "MultiExit" in timm_dfs.__all__

@@ -1,0 +1,301 @@
+"""timm's classification tasks train every exit of a network with exits, and leave other networks alone."""
+
+import importlib
+
+import pytest
+import timm
+import torch
+from helpers import CLASSES, TINY, images, same_weights, tiny_msdnet, tiny_resnet, tiny_vgg
+from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+)
+from timm.utils import dispatch_clip_grad
+from torch import nn
+
+import timm_dfs
+from timm_dfs import ExitsLoss
+
+LABELS = torch.tensor([0, 3, 1, 4])
+SOFT = torch.nn.functional.one_hot(LABELS, CLASSES).float() * 0.8 + 0.04
+
+CRITERIA = {
+    "cross_entropy": (nn.CrossEntropyLoss, LABELS),
+    "label_smoothing": (lambda: LabelSmoothingCrossEntropy(0.1), LABELS),
+    "soft_target": (SoftTargetCrossEntropy, SOFT),
+    "binary": (BinaryCrossEntropy, SOFT),
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", TINY)
+def test_the_loss_is_the_sum_over_exits_and_trains_every_parameter(name, criterion):
+    make_criterion, target = CRITERIA[criterion]
+    model = TINY[name](drop_rate=0.0).train()
+    result = ClassificationTask(model, make_criterion(), verbose=False)(images(), target)
+    assert len(result["output"]) == model.num_exits
+    expected = sum(make_criterion()(logits, target) for logits in result["output"])
+    assert torch.equal(result["loss"], expected)
+    result["loss"].backward()
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_task_that_makes_its_own_criterion_trains_every_exit_too():
+    model = tiny_vgg().train()
+    task = ClassificationTask(model, criterion_kwargs=dict(smoothing=0.1), verbose=False)
+    result = task(images(), LABELS)
+    expected = sum(LabelSmoothingCrossEntropy(0.1)(logits, LABELS) for logits in result["output"])
+    assert torch.allclose(result["loss"], expected)
+
+
+def test_multi_label_tasks_train_every_exit_too():
+    model = tiny_vgg().train()
+    result = MultiLabelClassificationTask(model, BinaryCrossEntropy(), verbose=False)(images(), SOFT.round())
+    assert torch.equal(result["loss"], sum(BinaryCrossEntropy()(logits, SOFT.round()) for logits in result["output"]))
+    result["loss"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_in_eval_mode_the_loss_is_the_last_exits():
+    model = tiny_vgg().eval()
+    result = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)(images(), LABELS)
+    assert torch.equal(result["output"], model(images()))
+    assert torch.equal(result["loss"], nn.CrossEntropyLoss()(model(images()), LABELS))
+
+
+@pytest.mark.parametrize("task_class", [ClassificationTask, MultiLabelClassificationTask])
+def test_a_plain_timm_model_keeps_its_plain_criterion(task_class):
+    model = timm.create_model("test_resnet", num_classes=CLASSES).train()
+    criterion = BinaryCrossEntropy()
+    task = task_class(model, criterion, verbose=False)
+    assert task.criterion is criterion
+    result = task(images(size=32), SOFT)
+    assert torch.equal(result["loss"], criterion(result["output"], SOFT))
+
+
+def test_importing_and_installing_again_wraps_once():
+    wrapped = ClassificationTask.__init__
+    for _ in range(2):
+        timm_dfs.training.task.install()
+        importlib.reload(timm_dfs)
+    assert ClassificationTask.__init__ is wrapped
+    criterion = nn.CrossEntropyLoss()
+    task = ClassificationTask(tiny_vgg(), criterion, verbose=False)
+    assert task.criterion.criterion is criterion
+
+
+def test_a_task_is_trained_by_an_optimizer_step():
+    model = tiny_vgg().train()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = task(images(), LABELS)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_exits_loss_of_one_tensor_is_the_criterion():
+    logits = torch.randn(4, CLASSES)
+    assert torch.equal(ExitsLoss(nn.CrossEntropyLoss())(logits, LABELS), nn.CrossEntropyLoss()(logits, LABELS))
+
+
+def test_exits_loss_of_lists_and_tuples_is_the_sum():
+    logits = torch.randn(3, 4, CLASSES)
+    expected = sum(nn.CrossEntropyLoss()(exit_logits, LABELS) for exit_logits in logits)
+    for exits in (list(logits), tuple(logits)):
+        assert torch.equal(ExitsLoss(nn.CrossEntropyLoss())(exits, LABELS), expected)
+
+
+WRAPPERS = {"plain": lambda model: model, "compiled": lambda model: torch.compile(model, backend="eager")}
+
+
+# Gradient clipping.
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_clipping_without_the_head_leaves_every_classifier_out(make, wrap):
+    model = make()
+    task = ClassificationTask(wrap(model), nn.CrossEntropyLoss(), verbose=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    clipped = {names[id(parameter)] for parameter in task.get_clip_parameters(exclude_head=True)}
+    classifiers = {f"heads.{k}.fc.{part}" for k in range(3) for part in ("weight", "bias")}
+    assert set(names.values()) - clipped == classifiers & set(names.values())
+    assert {names[id(parameter)] for parameter in task.get_clip_parameters()} == set(names.values())
+
+
+@pytest.mark.parametrize("task_class", [ClassificationTask, MultiLabelClassificationTask])
+def test_clipping_a_plain_timm_model_is_as_ever(task_class):
+    model = timm.create_model("test_resnet", num_classes=CLASSES)
+    task = task_class(model, BinaryCrossEntropy(), verbose=False)
+    for exclude_head in (False, True):
+        expected = task_class.get_clip_parameters.__wrapped__(task, exclude_head)
+        assert [*map(id, task.get_clip_parameters(exclude_head=exclude_head))] == [*map(id, expected)]
+    assert len(task.get_clip_parameters(exclude_head=True)) == len(list(model.parameters())) - 2
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_timms_ways_to_clip_clip(make, mode):
+    model = make(drop_rate=0.0).train()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    (1000 * task(images(), LABELS)["loss"]).backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    dispatch_clip_grad(task.get_clip_parameters(exclude_head="agc" in mode), 0.01, mode=mode)
+    changed = {
+        name for (name, parameter), old in zip(model.named_parameters(), before) if not torch.equal(parameter.grad, old)
+    }
+    assert len(changed) > len(before) // 2
+    assert mode != "agc" or not any(".fc." in name for name in changed)
+
+
+# timm's knowledge distillation.
+
+
+KNOWLEDGE = {
+    "logit": lambda student: LogitDistillationTask(student, timm.create_model("test_resnet", num_classes=CLASSES)),
+    "feature": lambda student: FeatureDistillationTask(student, timm.create_model("test_resnet", num_classes=CLASSES)),
+    "token": lambda student: TokenDistillationTask(student, timm.create_model("test_resnet", num_classes=CLASSES)),
+    "by keyword": lambda student: LogitDistillationTask(
+        teacher_model=timm.create_model("test_resnet", num_classes=CLASSES), student_model=student, verbose=False
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("kind", KNOWLEDGE)
+def test_a_teacher_from_outside_is_refused_with_the_remedy(kind, wrap):
+    with pytest.raises(ValueError, match=r"3 exits.*--kd-model-name.*distill_weight"):
+        KNOWLEDGE[kind](wrap(tiny_vgg()))
+
+
+@pytest.mark.parametrize(
+    "kind, student",
+    [
+        ("logit", lambda: timm.create_model("test_resnet", num_classes=CLASSES)),
+        ("by keyword", lambda: timm.create_model("test_resnet", num_classes=CLASSES)),
+        ("feature", lambda: timm.create_model("test_resnet", num_classes=CLASSES)),
+        (
+            "token",
+            lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=CLASSES),
+        ),
+    ],
+)
+def test_plain_timm_models_are_taught_as_ever(kind, student):
+    task = KNOWLEDGE[kind](student().train())
+    loss = task(images(size=32), LABELS)["loss"]
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_network_with_exits_may_teach():
+    student = timm.create_model("test_resnet", num_classes=CLASSES).train()
+    task = LogitDistillationTask(student, tiny_vgg(), verbose=False)
+    task(images(size=32), LABELS)["loss"].backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+# What train.py does to the classifier.
+
+
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_scaling_the_classifier_scales_every_exits(make):
+    model, before = make(), make()
+    same_weights(model, before)
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(0.5)
+        model.get_classifier().bias.mul_(0.5)
+    for head, old in zip(model.heads, before.heads):
+        assert torch.equal(head.fc.weight, 0.5 * old.fc.weight)
+
+
+@pytest.mark.parametrize("make", [tiny_msdnet, tiny_resnet], ids=["msdnet", "resnet"])
+def test_setting_the_classifiers_bias_sets_every_exits(make):
+    model = make()
+    nn.init.constant_(model.get_classifier().bias, 1.0)
+    assert all((head.fc.bias == 1.0).all() and head.fc.bias.requires_grad for head in model.heads)
+    with torch.no_grad():
+        model.get_classifier().bias.mul_(-3)
+    assert all((head.fc.bias == -3.0).all() for head in model.heads)
+
+
+def test_setting_a_bias_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no bias"):
+        nn.init.constant_(tiny_vgg().get_classifier().bias, 1.0)
+
+
+@pytest.mark.parametrize("name", ["shape", "data", "sum", "__add__"])
+def test_what_several_classifiers_do_not_have_in_common_is_an_attribute_error(name):
+    with pytest.raises(AttributeError, match="one weight for each exit"):
+        getattr(tiny_vgg().get_classifier().weight, name)
+
+
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_the_classifier_is_a_tuple_of_modules(make):
+    classifier = make().get_classifier()
+    assert isinstance(classifier, tuple)
+    assert [type(one) for one in classifier] == [nn.Linear] * 3
+
+
+# Gradient checkpointing.
+
+
+@pytest.fixture
+def reentrant():
+    before = use_reentrant_ckpt()
+    set_reentrant_ckpt(True)
+    yield
+    set_reentrant_ckpt(before)
+
+
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_reentrant_checkpointing_is_refused_where_it_would_be_used(make, reentrant):
+    model = make().train()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task(images(), LABELS)  # no checkpointing at all
+    model.set_grad_checkpointing()
+    with torch.no_grad():
+        task(images(), LABELS)  # nothing to recompute
+    with pytest.raises(ValueError, match="set_reentrant_ckpt"):
+        task(images(), LABELS)
+
+
+SETTINGS = [{}, dict(distill_feature_weight=0.1), dict(gradient_equilibrium=True), dict(train_backbone=False)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_checkpointing_keeps_the_gradients_of_every_exit(make, settings):
+    plain = make(drop_rate=0.0, **settings).double().train()
+    checkpointed = same_weights(plain, make(drop_rate=0.0, **settings).double())
+    checkpointed.set_grad_checkpointing()
+    for model in (plain, checkpointed):
+        ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)(images().double(), LABELS)["loss"].backward()
+    for (name, ours), theirs in zip(checkpointed.named_parameters(), plain.parameters()):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9), name
+
+
+# Layer decay.
+
+
+@pytest.mark.parametrize("settings", [{}, dict(distill_feature_weight=0.1)], ids=str)
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_layer_decay_has_a_group_for_every_parameter_and_spares_the_heads(make, settings):
+    model = make(**settings)
+    optimizer = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.05, layer_decay=0.7)
+    scale = {id(parameter): group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(scale) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert set(scale) == {id(parameter) for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        assert (scale[id(parameter)] == 1.0) == name.startswith(("heads.", "adapters.")), name

@@ -1,0 +1,1 @@
+"""The network with exits: its walk, partitions, heads and objective."""

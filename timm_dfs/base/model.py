@@ -1,0 +1,345 @@
+"""What every multi-exit network shares: one walk from shallow to deep that asks a visitor at each exit."""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from timm.layers import is_scriptable, use_reentrant_ckpt
+from timm.models import checkpoint, register_notrace_module
+from torch import nn
+
+from .equilibrium import balance
+from .heads import Classifiers, ExitHead
+from .objective import SETTINGS, Objective
+from .partition import JOINT, Onward, Partition, PartitionedConv2d, check_beta, check_referencing
+from .rows import take
+
+# What these do depends on the gradient mode, which FX cannot trace.
+register_notrace_module(Partition)
+
+register_notrace_module(PartitionedConv2d)
+
+Reader = Callable[[int, torch.Tensor], torch.Tensor]
+"""Called as ``read(exit_index, feature)``; returns logits."""
+
+Visitor = Callable[[int, torch.Tensor], "torch.Tensor | None"]
+"""Called as ``visit(exit_index, logits)`` at an exit. Returns the rows of the batch (int64 indices) that go on:
+``None`` for all of them, an empty tensor to stop."""
+
+
+class MultiExitModel(nn.Module):
+    """Base of the networks with exits.
+
+    Training, evaluation, early-exit inference and cost counting all run :meth:`walk`; they differ in the
+    visitor they bring. A subclass says how its backbone begins (:meth:`start`) and how it gets from one exit
+    point to the next (:meth:`advance`). What flows between exit points is a list of batch-first tensors whose
+    first is the feature at the exit point; the others are what only deeper layers need.
+
+    A subclass builds its layers, sets ``feature_info`` (one entry per exit) and then calls
+    :meth:`attach_exits`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_chans: int,
+        drop_rate: float,
+        beta: float | None,
+        referencing: str,
+        presets: dict[str, dict] | None,
+    ):
+        super().__init__()
+        if is_scriptable():
+            raise ValueError(
+                "TorchScript (scriptable=True, train.py's --torchscript) cannot express networks with exits; "
+                "torch.compile (--torchcompile) and torch.export can."
+            )
+        check_beta(beta)
+        check_referencing(referencing)
+        if in_chans < 1:
+            raise ValueError(f"in_chans is {in_chans}; give at least 1.")
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate is {drop_rate}; give a number in [0, 1).")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.beta = beta
+        self.referencing = referencing
+        self.presets = dict(presets or {})
+        self.grad_checkpointing = False
+        self.objective = Objective()
+        self.adapters: nn.ModuleList | None = None
+        self._given_args: dict = {}
+        self.register_load_state_dict_pre_hook(_without_strange_adapters)
+
+    def attach_exits(self, heads: list[ExitHead]) -> None:
+        """Give exit k its head and, except for the last, its partition; sizes come from ``feature_info``."""
+        self.heads = nn.ModuleList(heads)
+        self.partitions = nn.ModuleList(
+            Partition(info["num_chs"], self.beta, self.referencing, in_parts=self.takes_parts)
+            for info in self.feature_info[:-1]
+        )
+        self.num_features = heads[-1].in_features
+        self.head_hidden_size = heads[-1].num_features
+
+    def train_for(self, objective: Objective) -> None:
+        """Prepare for training as ``objective`` says: freeze the backbone, make adapters, balance gradients.
+
+        Raises:
+            ValueError: If the objective does not fit the number of exits.
+        """
+        objective.check_exits(self.num_exits)
+        if objective.train_backbone != self.objective.train_backbone:
+            for parameter in self.parameters():
+                parameter.requires_grad = objective.train_backbone
+            for parameter in self.head_parameters():
+                parameter.requires_grad = True
+        self.objective = objective
+        self._fit_adapters()
+        self.train(self.training)
+
+    def _fit_adapters(self) -> None:
+        """Make adapters if the objective asks for them; those that fit are kept."""
+        if self.objective.distill_feature_weight == 0:
+            self.adapters = None
+            return
+        widths = self.pooled_widths()
+        if self.adapters is None or [(a.in_features, a.out_features) for a in self.adapters] != [
+            (width, widths[-1]) for width in widths[:-1]
+        ]:
+            like = next(self.parameters())
+            self.adapters = nn.ModuleList(
+                nn.Linear(width, widths[-1], device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+                for width in widths[:-1]
+            )
+
+    def train(self, mode: bool = True) -> "MultiExitModel":
+        super().train(mode)
+        if not self.objective.train_backbone:
+            for name, module in self.named_children():
+                if name not in ("heads", "adapters"):
+                    module.eval()
+        return self
+
+    # What a subclass provides.
+
+    takes_parts = False
+    """Whether the one layer that reads an onward feature is a :class:`PartitionedConv2d`."""
+
+    feature_info: list[dict]
+    head_hidden_size: int
+    num_features: int
+    num_classes: int
+    presets: dict[str, dict]
+    pretrained_cfg: dict
+
+    def start(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """From images (B, in_chans, H, W) to the state before the first exit."""
+        raise NotImplementedError
+
+    def advance(self, state: list[torch.Tensor], exit_index: int) -> list[torch.Tensor]:
+        """From the state after exit ``exit_index - 1`` to the one at exit ``exit_index``.
+
+        Computes only what this exit needs; the rest waits until somebody goes deeper.
+        """
+        raise NotImplementedError
+
+    def settle(self, state: list[torch.Tensor], exit_index: int) -> list[torch.Tensor]:
+        """Compute what :meth:`advance` left waiting at ``exit_index``: nothing, for a plain chain of layers."""
+        return state
+
+    # The walk.
+
+    @property
+    def pool_type(self) -> str | None:
+        """timm's name of the heads' pooling, if that is an argument."""
+        return str(self.heads[-1].pool.pool_type)
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.heads)
+
+    @property
+    def exit_points(self) -> tuple[str, ...]:
+        """Names of the modules after which the exits are attached, shallow to deep."""
+        return tuple(info["module"] for info in self.feature_info)
+
+    def walk(
+        self,
+        x: torch.Tensor,
+        visit: Visitor,
+        exits: Collection[int] | None = None,
+        read: Reader | None = None,
+    ) -> list[torch.Tensor]:
+        """Run the network shallow to deep and call ``visit(exit_index, logits)`` at each exit.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            visit: The visitor; the rows it returns go on, none stops the walk.
+            exits: Exits to visit (all by default). No other head is computed, and nothing beyond the deepest;
+                without any, the backbone runs to its end.
+            read: What makes logits of an exit's feature; its head by default.
+
+        Returns:
+            The state where the walk ended.
+
+        Raises:
+            ValueError: If ``exits`` names an exit that the network does not have.
+        """
+        exits, deepest = self.exits_to_visit(exits)
+        last = self.num_exits - 1
+        read = read or self.answer
+        state = self.start(x)
+        for k in range(deepest + 1):
+            state = self.advance(state, k)
+            onward, feature = self.split(k, state[0]) if k < last else (state[0], state[0])
+            state = [onward, *state[1:]]  # type: ignore[list-item]  # parts only where takes_parts says so
+            if k in exits:
+                rows = visit(k, read(k, feature))
+                if rows is not None:
+                    if rows.numel() == 0:
+                        break
+                    state = [take(tensor, rows) for tensor in state]
+        return state
+
+    def split(self, exit_index: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor]:
+        """What an early exit's feature is for the deeper layers, and for the exit's head."""
+        onward, exit_feature = self.partitions[exit_index](feature, self.heads[exit_index].averages)
+        if self.objective.gradient_equilibrium and torch.is_grad_enabled():
+            onward, exit_feature = balance(onward, exit_feature, self.num_exits - exit_index)
+        return onward, exit_feature
+
+    def exits_to_visit(self, exits: Collection[int] | None) -> tuple[Collection[int], int]:
+        """The exits that a walk visits, and the deepest exit point it gets to."""
+        last = self.num_exits - 1
+        exits = range(self.num_exits) if exits is None else exits
+        deepest = max(exits, default=last)
+        if deepest > last or min(exits, default=0) < 0:
+            raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
+        return exits, deepest
+
+    def answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+        """An exit's logits (B, num_classes) from the feature that its partition gives it."""
+        return self.heads[exit_index](feature)
+
+    def pool_and_answer(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`answer`, and before it what an exit's classifier reads (B, width)."""
+        head = self.heads[exit_index]
+        pooled = head.pool_and_classify(head.body(feature), pre_logits=True)
+        return pooled, head.fc(pooled)
+
+    def pooled_widths(self) -> list[int]:
+        """Width of what each exit's classifier reads, shallow to deep."""
+        return [head.num_features for head in self.heads]  # type: ignore[misc]
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained where the backbone is not."""
+        return self.heads.parameters()
+
+    def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of all E exits for images (B, in_chans, H, W): E tensors (B, num_classes), shallow to deep."""
+        logits: list[torch.Tensor] = []
+        self.walk(x, lambda _, answer: logits.append(answer))
+        return tuple(logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """All exits' logits in training mode; in eval mode the last exit's alone, no other head computed.
+
+        In training with feature distillation, the logits are followed by one tensor (E - 1,) more, see
+        :meth:`forward_distances`.
+        """
+        if not self.training:
+            return self.forward_head(self.forward_features(x))
+        return self.forward_exits(x) if self.adapters is None else self.forward_distances(x)
+
+    def forward_distances(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """All exits' logits, then each early exit's distance from the last exit's feature (E - 1,).
+
+        It is the L2 distance over the whole batch between pooled features, the early exit's taken to the last one's
+        width by its adapter (BYOT, arXiv 1905.08094, equation 4). No gradient goes into the last exit's.
+        """
+        if self.adapters is None:
+            raise ValueError("This model has no adapters; create it with distill_feature_weight above 0.")
+        features: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
+
+        def read(exit_index: int, feature: torch.Tensor) -> torch.Tensor:
+            pooled, answer = self.pool_and_answer(exit_index, feature)
+            features.append(pooled)
+            return answer
+
+        self.walk(x, lambda _, answer: logits.append(answer), read=read)
+        teacher = features.pop().detach().float()
+        distances = [
+            torch.linalg.vector_norm(adapter(feature).float() - teacher)
+            for adapter, feature in zip(self.adapters, features, strict=True)
+        ]
+        return *logits, torch.stack(distances)
+
+    # timm's verbs.
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last exit's unpooled feature (B, num_features, H', W'), its head's body included."""
+        state = self.walk(x, lambda *_: None, exits=())
+        return self.heads[-1].body(state[0])
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The last exit's logits from :meth:`forward_features`."""
+        return self.heads[-1].pool_and_classify(x, pre_logits=pre_logits)
+
+    def get_classifier(self) -> Classifiers:
+        """The classifiers of all exits, shallow to deep: a tuple."""
+        return Classifiers(head.get_submodule("fc") for head in self.heads)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give every exit a fresh classifier; presets, fitted to the old ones, are dropped with a warning."""
+        reference = next(self.parameters())
+        for head in self.heads:
+            head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
+        self.head_hidden_size = self.pooled_widths()[-1]
+        self.num_classes = num_classes
+        self._fit_adapters()
+        self.drop_presets(self.presets, "the classifiers they were fitted to are gone")
+
+    def drop_presets(self, names: Collection[str], reason: str) -> None:
+        """Drop presets that mean nothing any more, and warn."""
+        if names:
+            warnings.warn(f"Dropped the presets {', '.join(names)}: {reason}.", stacklevel=3)
+            self.presets = {name: preset for name, preset in self.presets.items() if name not in names}
+
+    @property
+    def _model_args(self) -> dict:
+        """What timm writes into ``config.json`` to rebuild this model: the caller's arguments and our settings."""
+        ours = dict(beta=JOINT if self.beta is None else self.beta, referencing=self.referencing)
+        return dict(self._given_args, **ours, **({"presets": self.presets} if self.presets else {}))
+
+    @_model_args.setter
+    def _model_args(self, args: dict) -> None:
+        self._given_args = {key: value for key, value in args.items() if key not in ("presets", *SETTINGS)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            refuse_reentrant()
+            return checkpoint(module, *inputs)
+        return module(*inputs)
+
+
+def refuse_reentrant() -> None:
+    """Raise ``ValueError`` if timm's gradient checkpointing is set to lose gradients."""
+    if use_reentrant_ckpt():
+        raise ValueError(
+            "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and frozen "
+            "layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
+        )
+
+
+def _without_strange_adapters(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:
+    """Adapters serve training only: a model that has none lets go of a checkpoint's."""
+    if model.adapters is None:
+        for key in [key for key in state_dict if key.startswith(f"{prefix}adapters.")]:
+            del state_dict[key]

@@ -1,0 +1,1 @@
+"""From logits to operating points and presets."""

@@ -1,0 +1,177 @@
+"""Operating points: a fitted policy with its accuracy and cost, and what it does on other data."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+
+import torch
+
+from ..inference.policy import ExitPolicy
+from .logits import check_data
+
+Data = tuple[torch.Tensor, torch.Tensor]
+"""Logits (E, N, C) and targets (N,)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which data an operating point was fitted on.
+
+    Attributes:
+        dataset: Name of the data set.
+        split: Name of its split.
+        samples: How many samples of it.
+    """
+
+    dataset: str
+    split: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Risk:
+    """What an operating point costs in accuracy, and how sure that is; see :mod:`timm_dfs.risk`.
+
+    Attributes:
+        at_most: The last exit's accuracy is at most so many percentage points above the policy's.
+        confidence: Probability, over the samples drawn, with which the statement holds.
+        samples: How many samples it was found on.
+    """
+
+    at_most: float
+    confidence: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A policy that was fitted, and what it did on the samples it was fitted on.
+
+    Attributes:
+        policy: The policy.
+        average_flops: Mean multiply-adds per sample.
+        accuracy: Top-1, percent: of the samples fitted on, so of others somewhat less.
+        fitted_on: Which data those were.
+        risk: A statement that holds for other samples too, if one was made.
+    """
+
+    policy: ExitPolicy
+    average_flops: float
+    accuracy: float
+    fitted_on: Source
+    risk: Risk | None = None
+    seen: frozenset[bytes] = field(default=frozenset(), repr=False, compare=False)
+
+    def preset(self) -> dict:
+        """The point as ``config.json`` holds it; infinity, which JSON does not know, is written as None."""
+        policy = self.policy
+        return dict(
+            thresholds=[None if value == math.inf else max(value, 0.0) for value in policy.thresholds],
+            confidence=policy.confidence,
+            **({"temperatures": list(policy.temperatures)} if policy.temperatures else {}),
+            average_flops=self.average_flops,
+            accuracy=self.accuracy,
+            fitted_on=vars(self.fitted_on).copy(),
+            **({"risk": vars(self.risk).copy()} if self.risk else {}),
+        )
+
+
+def check_preset(preset: dict, num_exits: int) -> None:
+    """Raise ``ValueError`` where a preset's known fields are not what :meth:`OperatingPoint.preset` writes.
+
+    Only ``thresholds`` must be there; fields of other names are nobody's business.
+    """
+    ExitPolicy.from_preset(preset).check_exits(num_exits)
+    for name, highest in (("average_flops", math.inf), ("accuracy", 100.0)):
+        if name in preset and not _in_range(preset[name], highest):
+            raise ValueError(f"{name} is {preset[name]!r}; give a number from 0 to {highest}.")
+    for name, kind in (("fitted_on", Source), ("risk", Risk)):
+        if name in preset:
+            value = preset[name]
+            wanted = kind.__dataclass_fields__
+            if not isinstance(value, dict) or not wanted.keys() <= value.keys():
+                raise ValueError(f"{name} is {value!r}; give a dict with {', '.join(wanted)}.")
+            numbers = [key for key, of in wanted.items() if of.type is not str]
+            if not all(_in_range(value[key], math.inf) for key in numbers):
+                raise ValueError(f"{name} is {value!r}; {' and '.join(numbers)} must be numbers.")
+
+
+def _in_range(value: object, highest: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= highest and value < math.inf
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a policy does on samples.
+
+    Attributes:
+        accuracy: Top-1, percent.
+        average_flops: Mean multiply-adds per sample.
+        exit_shares: Share of the samples that each exit answered (E,).
+        last_exit_accuracy: Top-1 of the last exit on all samples, percent.
+        samples: How many there were.
+    """
+
+    accuracy: float
+    average_flops: float
+    exit_shares: tuple[float, ...]
+    last_exit_accuracy: float
+    samples: int
+
+
+def measure_policy(policy: ExitPolicy | OperatingPoint, test: Data, flops: Sequence[float]) -> Measurement:
+    """What a policy, or an operating point's, does on test data.
+
+    Args:
+        policy: The policy. An operating point knows the samples that it was fitted on.
+        test: Test logits (E, N, C) and targets (N,).
+        flops: Multiply-adds up to and including each exit (E,).
+
+    Raises:
+        ValueError: If the point was fitted on these samples, or the data do not fit the policy.
+    """
+    check_data("test", test)
+    check_flops(flops, len(test[0]))
+    if isinstance(policy, OperatingPoint):
+        refuse_seen(policy, test[0], "test")
+        policy = policy.policy
+    return measure(policy, test, flops)
+
+
+def measure(policy: ExitPolicy, data: Data, flops: Sequence[float]) -> Measurement:
+    """As :func:`measure_policy`, on any data."""
+    logits, targets = data
+    exits = policy.exit_index(logits)
+    right = logits.argmax(-1) == targets
+    answered = right.gather(0, exits[None])[0]
+    samples = len(targets)
+    return Measurement(
+        accuracy=100 * (answered.double().sum().item() / samples),
+        average_flops=torch.tensor(flops, dtype=torch.float64)[exits].sum().item() / samples,
+        exit_shares=tuple((torch.bincount(exits, minlength=len(logits)).double() / samples).tolist()),
+        last_exit_accuracy=100 * (right[-1].double().sum().item() / samples),
+        samples=samples,
+    )
+
+
+def check_flops(flops: Sequence[float], num_exits: int) -> None:
+    """Raise ``ValueError`` unless there is one finite cost above 0 for each exit."""
+    if len(flops) != num_exits or not all(0 < value < math.inf for value in flops):
+        raise ValueError(f"flops is {list(flops)}; give the multiply-adds of each of {num_exits} exits.")
+
+
+def fingerprints(logits: torch.Tensor) -> frozenset[bytes]:
+    """What samples are recognised by: the last exit's logits, of logits (E, N, C)."""
+    return frozenset(row.tobytes() for row in logits[-1].detach().cpu().float().numpy())
+
+
+def refuse_seen(point: OperatingPoint, logits: torch.Tensor, name: str) -> None:
+    """Raise ``ValueError`` if ``point`` was fitted on these samples, of which data sets may share a few (1 %)."""
+    rows = [row.tobytes() for row in logits[-1].detach().cpu().float().numpy()]
+    known = sum(row in point.seen for row in rows)
+    if known > len(rows) / 100:
+        raise ValueError(
+            f"{known} of the {len(rows)} {name} samples are among those that the operating point was fitted on, which "
+            "would flatter it; give others."
+        )

@@ -1,0 +1,186 @@
+"""Thresholds that do best on given samples: for each exit, which of its surest samples leave.
+
+A set of thresholds is a row of counts, one per early exit: how many samples, by falling confidence, have at least its
+threshold. With all other thresholds fixed, what one of them is worth at each of its values is two cumulative sums, so
+the best value is found exactly; the exits take turns, from deep to shallow, until none improves. The starts are:
+geometric exit fractions; every sample at one exit; and, for many prices of a multiply-add, what is best if each exit
+saw all samples.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .budgeted_batch import _thresholds, geometric_exit_fractions
+
+Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What a choice is worth, given accuracies (M,), percent, and mean costs (M,): float64 (M,), minus infinity where it is
+not allowed."""
+
+GEOMETRIC_RATIOS = tuple(p / 40 for p in range(1, 121))
+"""Those of :func:`timm_dfs.budgeted_batch` and as many between and beyond them."""
+
+PRICES = (0.0, *(10 ** (p / 8 - 1) for p in range(33)))
+"""Of as many multiply-adds as the last exit takes, in points of accuracy: from 0.1 to 1000."""
+
+ROUNDS = 20
+
+
+class ThresholdSearch:
+    """The thresholds that are best on samples whose confidences and answers are known.
+
+    Args:
+        confidences: Confidences (E, N) in [0, 1].
+        correct: Whether each exit's answer is right, bool (E, N).
+        flops: Multiply-adds up to and including each exit (E,).
+        exits: The exits that may answer, the last one among them.
+    """
+
+    def __init__(self, confidences: torch.Tensor, correct: torch.Tensor, flops: Sequence[float], exits: Sequence[int]):
+        self.last, self.samples = len(confidences) - 1, confidences.shape[1]
+        self.early = sorted(set(exits) - {self.last})
+        self.confidences = confidences
+        self.correct = correct.double()
+        self.cost = torch.tensor(flops, dtype=torch.float64)
+        self.sorted, self.order = confidences.sort(dim=1, descending=True, stable=True)
+        self.rank = self.order.argsort(1)
+        # Counts that a threshold can make: none, all, and wherever the next sample is less sure.
+        never = torch.ones(len(confidences), 1, dtype=torch.bool)
+        self.possible = torch.cat([never, self.sorted[:, :-1] > self.sorted[:, 1:], never], 1)
+        self.starts = self._starts()
+        self._measured_starts = self._measure(self.starts)
+
+    def best(self, value: Value, starts: int = 8) -> tuple[float, ...] | None:
+        """The thresholds of the greatest value that were found, from so many starts; ``None`` if none are allowed."""
+        counts = self._best(value, starts)
+        return None if counts is None else self.thresholds(counts)
+
+    def frontier(self, points: int) -> list[tuple[float, ...]]:
+        """Thresholds within as many budgets, from the dearest to the cheapest, the first never leaving early.
+
+        None is dearer than another and no more accurate.
+        """
+        cheapest = min(self.cost[k].item() for k in (*self.early, self.last))
+        budgets = torch.linspace(cheapest, self.cost.max().item(), points, dtype=torch.float64)[:-1]
+        within = [self._best(within_budget(budget, self.cost[-1].item()), 1) for budget in budgets.tolist()]
+        counts = torch.stack([self.starts[0], *(found for found in within if found is not None)])
+        accuracy, cost = (values.tolist() for values in self._measure(counts))
+        kept: list[int] = []
+        for i in sorted(range(1, len(counts)), key=lambda i: (cost[i], -accuracy[i])):
+            if not kept or accuracy[i] > accuracy[kept[-1]]:
+                kept.append(i)
+        return [self.thresholds(counts[i]) for i in (0, *reversed(kept))]
+
+    def _best(self, value: Value, starts: int) -> torch.Tensor | None:
+        values = value(*self._measured_starts)
+        chosen = values.topk(min(starts, len(values))).indices
+        chosen = self.starts[chosen[values[chosen] > -math.inf]]
+        if not len(chosen):
+            return None
+        ends = torch.cat([chosen, *(self.improve(counts, value)[None] for counts in chosen)])
+        return ends[value(*self._measure(ends)).argmax()]
+
+    def thresholds(self, counts: torch.Tensor) -> tuple[float, ...]:
+        """Those that let ``counts`` (E,) of the samples leave: halfway between the last that does and the next."""
+        found = []
+        for k, count in enumerate(counts.tolist()):
+            if k == self.last or count == self.samples:
+                found.append(0.0)
+            elif count == 0:
+                found.append(math.inf)
+            else:
+                leaves, stays = self.sorted[k, count - 1], self.sorted[k, count]
+                halfway = (leaves + stays) / 2
+                found.append((halfway if halfway > stays else leaves).item())
+        return tuple(found)
+
+    def improve(self, counts: torch.Tensor, value: Value) -> torch.Tensor:
+        """Counts (E,) of which no single one can be changed for the better, from given ones."""
+        counts = counts.clone()
+        for _ in range(ROUNDS):
+            before = counts.clone()
+            for k in reversed(self.early):
+                counts[k] = self._best_count(k, counts, value)
+            if torch.equal(counts, before):
+                break
+        return counts
+
+    def _best_count(self, k: int, counts: torch.Tensor, value: Value) -> int:
+        leaves = self._leaves(counts)
+        reach = ~leaves[:k].any(0)
+        leaves[k] = False
+        stays = leaves.int().argmax(0)  # where each sample ends if nobody leaves at exit k
+        correct, cost = self._of(self.correct, stays), self.cost[stays]
+        gain = (self.correct[k] - correct) * reach
+        spent = (self.cost[k] - cost) * reach
+        values = value(
+            100 * (self._from(correct, gain[self.order[k]]) / self.samples),
+            self._from(cost, spent[self.order[k]]) / self.samples,
+        )
+        values[~self.possible[k]] = -math.inf
+        best = int(values.argmax())
+        return best if values[best] > values[counts[k]] else int(counts[k])
+
+    @staticmethod
+    def _from(start: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
+        """The sum of ``start``, and after each of the ``changes``: whole numbers stay exact in float64."""
+        return start.sum() + torch.cat([changes.new_zeros(1), changes.cumsum(0)])
+
+    def _leaves(self, counts: torch.Tensor) -> torch.Tensor:
+        leaves = self.rank < counts[:, None]
+        leaves[-1] = True
+        return leaves
+
+    @staticmethod
+    def _of(values: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
+        return values.gather(0, exits[None])[0]
+
+    def _measure(self, many_counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accuracy (M,), percent, and mean cost (M,) of counts (M, E)."""
+        exits = [self._leaves(counts).int().argmax(0) for counts in many_counts]  # the first that is true
+        correct = torch.stack([self._of(self.correct, row).sum() for row in exits])
+        return 100 * (correct / self.samples), torch.stack([self.cost[row].sum() for row in exits]) / self.samples
+
+    def _starts(self) -> torch.Tensor:
+        """Counts (M, E), no two the same."""
+        nobody = torch.zeros(self.last + 1, dtype=torch.int64)
+        found = [nobody]
+        for k in self.early:
+            found.append(nobody.clone())
+            found[-1][k] = self.samples
+        allowed = torch.tensor([*self.early, self.last])
+        for ratio in GEOMETRIC_RATIOS:
+            fractions = geometric_exit_fractions(ratio, len(allowed))
+            thresholds = _thresholds(self.confidences[allowed], fractions)
+            found.append(nobody.clone())
+            found[-1][allowed] = (self.confidences[allowed] >= thresholds[:, None]).sum(1)
+        found[:] = [counts.where(torch.arange(len(counts)) < self.last, 0) for counts in found]
+        for price in PRICES:
+            value = _priced(price / self.cost[-1].item())
+            found.append(self.improve(self._if_all_came(value), value))
+        return torch.stack(found).unique(dim=0)  # sorted: nobody leaves in the first
+
+    def _if_all_came(self, value: Value) -> torch.Tensor:
+        """The best count of each exit, deep to shallow, if no sample had left before it."""
+        counts = torch.zeros(self.last + 1, dtype=torch.int64)
+        for k in reversed(self.early):
+            counts[k] = self._best_count(k, counts, value)
+        return counts
+
+
+def _priced(price: float) -> Value:
+    return lambda accuracy, cost: accuracy - price * cost
+
+
+def within_budget(budget: float, last: float) -> Value:
+    """The more accurate the better, if not dearer than ``budget``; of two as accurate the cheaper."""
+    return lambda accuracy, cost: torch.where(cost <= budget, accuracy - _TIE * cost / last, -math.inf)
+
+
+def at_accuracy(least: float, last: float) -> Value:
+    """The cheaper the better, if not less accurate than ``least``; of two as cheap the more accurate."""
+    return lambda accuracy, cost: torch.where(accuracy >= least, _TIE * accuracy - cost / last, -math.inf)
+
+
+_TIE = 1e-9

@@ -1,0 +1,1 @@
+"""A model's folder as it is published: weights, presets, results, card."""

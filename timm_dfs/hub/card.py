@@ -1,0 +1,221 @@
+"""Cards: Markdown with the Hub's metadata, made from measured results and the files in templates/ alone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import ModelCardData
+
+from ..base.partition import JOINT
+from ..pretrained.packaged import CONFIG_FILE
+from . import curve
+from .folder import CARD_FILE, CURVE_FILE, RESULTS_FILE
+
+FAMILY_CARD_FILE = "MODEL_CARD.md"
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,  # Markdown
+)
+
+_TEMPLATES.globals["millions"] = lambda count: f"{count / 1e6:.1f}"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a card says of a data set.
+
+    Attributes:
+        title: Its name in a sentence.
+        limits: What a model of it cannot know.
+        paper_epochs: For how long the paper trains on it.
+    """
+
+    title: str
+    limits: str
+    paper_epochs: int | None = None
+
+
+DATA_SETS = {
+    "uoft-cs/cifar100": DataSet(
+        "CIFAR-100",
+        "CIFAR-100's images are 32×32 and its 100 classes are arbitrary.",
+        paper_epochs=300,
+    )
+}
+"""By their id on the Hub."""
+
+
+def _data_set(name: str) -> DataSet:
+    return DATA_SETS.get(name, DataSet(name, f"The network knows the classes of {name} only."))
+
+
+def _read(folder: Path) -> tuple[dict, dict]:
+    results, config = (json.loads((folder / file).read_text()) for file in (RESULTS_FILE, CONFIG_FILE))
+    return results, config
+
+
+def _exits(results: dict) -> list[dict]:
+    test = results["test"]
+    columns = zip(test["top1"], test["top5"], test["ece"], results["flops"], results["flops_lazy"], strict=True)
+    names = ("top1", "top5", "ece", "published", "lazy")
+    return [dict(zip(names, row), index=k) for k, row in enumerate(columns)]
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    """What the Hub reads of a card, with one result in the model index for each exit."""
+    results, _ = _read(folder)
+    data = _data_set(results["dataset"])
+    task = "image-classification"
+    card_data = ModelCardData(
+        library_name="timm",
+        pipeline_tag=task,
+        license="apache-2.0",
+        datasets=[results["dataset"]],
+        base_model=results.get("base_model"),
+        tags=[task, "timm", "timm-dfs", "early-exit", "multi-exit"],
+    ).to_dict()
+    # ModelCardData would merge results that differ in their task's name only, so the index is written here.
+    card_data["model-index"] = [
+        dict(
+            name=results["model"],
+            results=[
+                dict(
+                    task=dict(type=task, name=f"exit {exit['index']}, {exit['lazy'] / 1e6:.1f} M multiply-adds"),
+                    dataset=dict(type=results["dataset"], name=data.title, split=results["test"]["split"]),
+                    metrics=[
+                        dict(type="accuracy", name="top-1", value=round(exit["top1"], 2)),
+                        dict(type="accuracy", name="top-5", value=round(exit["top5"], 2)),
+                    ],
+                )
+                for exit in _exits(results)
+            ],
+        )
+    ]
+    return card_data
+
+
+def card(folder: Path) -> str:
+    """The card of a folder, from its results and config alone."""
+    results, config = _read(folder)
+    arguments, training, data = config["model_args"], results.get("training", {}), _data_set(results["dataset"])
+    measured = results["test"].get("presets", {})
+    beta = arguments["beta"]
+    exits = _exits(results)
+    return _TEMPLATES.get_template("model_card.md").render(
+        metadata=yaml.safe_dump(metadata(folder), sort_keys=False, allow_unicode=True),
+        name=results["model"],
+        exits=exits,
+        beta=None if beta == JOINT else beta,
+        referencing=arguments["referencing"],
+        training=training,
+        how=_how_trained(training),
+        other_than_recipe=_described(training.get("other_than_recipe", {})),
+        paper_epochs=data.paper_epochs,
+        curve_file=CURVE_FILE,
+        curve_alt="Top-1 accuracy against multiply-adds per image",
+        presets=[
+            dict(name=name, recorded=_described(preset), measured=measured.get(name))
+            for name, preset in arguments.get("presets", {}).items()
+        ],
+        example_thresholds=[0.9] * (len(exits) - 1) + [0.0],
+        test=results["test"],
+        held_out=results.get("held_out"),
+        largest_losses=results.get("largest_losses"),
+        data=data,
+        whole=results["last_exit_flops"],
+        base_model=results.get("base_model"),
+        versions=", ".join(f"{package} {version}" for package, version in training.get("versions", {}).items()),
+        settings=_settings(training),
+    )
+
+
+def _how_trained(training: dict[str, Any]) -> str:
+    parts = dict(samples="{:,} images of the training split", recipe="recipe `{}`", seed="seed {}")
+    return ", ".join(text.format(training[key]) for key, text in parts.items() if key in training)
+
+
+def _settings(training: dict[str, Any]) -> list[tuple[str, str]]:
+    settings = dict(training.get("settings", {}))
+    if "batch_size" in training:  # without it a learning rate says little
+        settings = dict(batch_size=training["batch_size"], **settings)
+    return [(key, _described(value)) for key, value in settings.items()]
+
+
+def _described(value: Any) -> str:
+    """A value of a preset or setting, whatever it is, in a line of text."""
+    if isinstance(value, dict):
+        parts = []
+        for key, item in value.items():
+            in_millions = key.endswith("flops") and isinstance(item, (int, float))
+            text = f"{item / 1e6:.1f} M" if in_millions else _described(item)
+            parts.append(f"{key.replace('_', ' ')} {text}")
+        return "; ".join(parts)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_described, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "never" if value is None else str(value)
+
+
+def family_card(hub: Path) -> str:
+    """The card of all the models in a folder of model folders."""
+    models, points = [], []
+    for folder in model_folders(hub):
+        results, _ = _read(folder)
+        whole = results["last_exit_flops"]
+        models.append(
+            dict(
+                name=folder.name,
+                data=_data_set(results["dataset"]).title,
+                epochs=results.get("training", {}).get("epochs", ""),
+                exits=len(results["flops"]),
+                top1=results["test"]["top1"],
+                lazy=results["flops_lazy"],
+                whole=whole,
+            )
+        )
+        for name, point in results["test"].get("presets", {}).items():
+            points.append(dict(point, model=folder.name, preset=name, share=point["average_flops"] / whole))
+    return _TEMPLATES.get_template("family_card.md").render(models=models, points=points)
+
+
+def model_folders(hub: Path) -> list[Path]:
+    """The folders of models in ``hub``, by name."""
+    return sorted(folder for folder in hub.iterdir() if (folder / RESULTS_FILE).is_file())
+
+
+def generated(folder: Path) -> dict[str, str]:
+    """What is made from a folder's results and config: file names and contents."""
+    return {CARD_FILE: card(folder), CURVE_FILE: curve.draw(_read(folder)[0])}
+
+
+def write_card(folder: Path) -> list[Path]:
+    """Write what is made from a folder's results; and the family's card, if the folder lies in a checkout's hub.
+
+    Returns:
+        The files written.
+    """
+    files = {folder / name: text for name, text in generated(folder).items()}
+    family = folder.parent.parent / FAMILY_CARD_FILE
+    if folder.parent.name == "hub" and family.is_file():
+        files[family] = family_card(folder.parent)
+    for file, text in files.items():
+        file.write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def stale(folder: Path) -> list[str]:
+    """Names of the files in a folder that are not what its results make."""
+    return [
+        name
+        for name, text in generated(folder).items()
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
+    ]

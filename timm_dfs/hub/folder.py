@@ -1,0 +1,111 @@
+"""What is published of a model: one folder with weights, config, measured results, and what is made from them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
+
+from ..base.evaluating import evaluating
+from ..base.model import MultiExitModel
+from ..pretrained.packaged import CONFIG_FILE, WEIGHTS_FILE
+
+RESULTS_FILE = "results.json"
+
+CARD_FILE = "README.md"
+
+CURVE_FILE = "curve.svg"
+
+
+def load(name: str, **kwargs: Any) -> MultiExitModel:
+    """``timm.create_model`` with weights, in eval mode.
+
+    Raises:
+        ValueError: If the network has no exits.
+    """
+    model = timm.create_model(name, pretrained=True, **kwargs)
+    if not isinstance(model, MultiExitModel):
+        raise ValueError(f"{name} is a network without exits.")
+    return model.eval()
+
+
+def full_name(model: MultiExitModel) -> str:
+    """A model's name with its pretrained tag, if it has one: ``ARCHITECTURE.TAG``."""
+    architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
+    return f"{architecture}.{tag}" if tag else str(architecture)
+
+
+def write_weights(model: MultiExitModel, folder: Path) -> None:
+    """Write a model's weights in half precision, and the config timm rebuilds it from, presets included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for key, value in model.state_dict().items():
+        weights[key] = (value.half() if value.is_floating_point() else value).contiguous()
+        if not weights[key].isfinite().all():
+            raise ValueError(
+                f"{key} does not fit into half precision, or was not finite: its largest value is {value.max()}."
+            )
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_config_for_hf(model, str(folder / CONFIG_FILE))
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write what was measured."""
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def golden_batch(model: MultiExitModel) -> torch.Tensor:
+    """Two images that are the same everywhere, to compare a model's logits on: (2, C, H, W)."""
+    shape = (2, *model.pretrained_cfg["input_size"])
+    return torch.arange(torch.Size(shape).numel()).mul(0.37).sin().reshape(shape)
+
+
+def golden_logits(model: MultiExitModel) -> list[list[list[float]]]:
+    """The first five logits of every exit for each image of :func:`golden_batch`: exits × images × 5."""
+    with evaluating(model), torch.inference_mode():
+        return torch.stack(model.forward_exits(golden_batch(model)))[:, :, :5].tolist()
+
+
+def write_presets(model: MultiExitModel, folder: Path) -> None:
+    """Write a model's presets into the ``config.json`` beside its weights, or into a new folder with both.
+
+    The file, or the folder, is written under another name and renamed: it is there whole or not at all.
+
+    Args:
+        model: The model; its ``presets`` take the place of the folder's.
+        folder: One with the weights of this very model, or one that does not exist yet.
+
+    Raises:
+        ValueError: If the folder holds other weights, or no model.
+    """
+    if not folder.exists():
+        new = folder.with_name(f".{folder.name}.new")
+        save_for_hf(model, str(new), safe_serialization=True)
+        new.rename(folder)
+        return
+    _check_same(model, folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config.setdefault("model_args", {})["presets"] = model.presets
+    new = folder / f".{CONFIG_FILE}.new"
+    new.write_text(json.dumps(config, indent=2, allow_nan=False))
+    os.replace(new, folder / CONFIG_FILE)
+
+
+def _check_same(model: MultiExitModel, folder: Path) -> None:
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} has no {file}; give a model's folder, or one that does not exist yet.")
+    held = load_file(folder / WEIGHTS_FILE)
+    state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("adapters.")}
+    if held.keys() != state.keys() or not all(
+        held[key].shape == value.shape and torch.equal(held[key], value.to(held[key].dtype))
+        for key, value in state.items()
+    ):
+        raise ValueError(
+            f"The weights in {folder} are not those the presets were fitted to; give their own folder, or a new one."
+        )

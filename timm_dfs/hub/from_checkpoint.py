@@ -1,0 +1,157 @@
+"""From a checkpoint of ``train.py``'s to a folder that can be published: weights, config, measured results, card.
+
+Thresholds are fixed on a split held out of training; the test split is only measured. What is measured is the file that
+is shipped, in half precision.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from ..base.model import MultiExitModel
+from ..calibration.budgeted_batch import budgeted_batch
+from ..calibration.operating_point import OperatingPoint, measure_policy
+from ..calibration.presets import NAMED, fit_presets
+from ..evaluation.accuracy import anytime_accuracy, calibration_error
+from ..evaluation.flops import exit_flops, last_exit_flops
+from ..evaluation.machine import processor, threads
+from ..inference.confidence import CONFIDENCES
+from ..models.dfs_twins import BASES, PREFIX
+from ..training.run import TrainingRun
+from ..version import __version__
+from . import folder as hub
+from .card import write_card
+
+_SETTINGS = (
+    "opt",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "sched",
+    "warmup_epochs",
+    "drop",
+    "smoothing",
+    "mixup",
+    "model_ema",
+)
+
+Split = tuple[torch.Tensor, torch.Tensor]
+"""Logits (E, N, C) and targets (N,)."""
+
+
+def trained_model(run: TrainingRun, checkpoint: Path) -> MultiExitModel:
+    """The network of a checkpoint, with its weights."""
+    return hub.load(run.model, pretrained_cfg_overlay=dict(file=str(checkpoint)), **run.model_args)
+
+
+def export(
+    model: MultiExitModel,
+    folder: Path,
+    collect: Callable[[MultiExitModel, str], Split],
+    held_out: str,
+    test: str,
+    facts: dict[str, Any],
+    tag: str | None = None,
+) -> None:
+    """Write the whole folder of a trained network; a folder that was there stays until the new one is whole.
+
+    Args:
+        model: The network.
+        folder: Where to.
+        collect: Called with the shipped network and a split's name.
+        held_out: The split that thresholds are fixed on.
+        test: The split that is measured.
+        facts: More entries for the results: ``dataset``, ``training``, ``base_model``.
+        tag: Pretrained tag, where an architecture has several trained weights.
+    """
+    model.pretrained_cfg["tag"] = tag
+    new = folder.with_name(folder.name + ".new")
+    if new.exists():
+        shutil.rmtree(new)  # of a run that was interrupted
+    hub.write_weights(model, new)
+    shipped = hub.load(f"local-dir:{new}")
+    lazy = exit_flops(model, lazy=True)
+    val, tested = collect(shipped, held_out), collect(shipped, test)
+    points = operating_points(val, lazy, dataset=facts["dataset"], split=held_out)
+    model.presets = {name: point.preset() for name, point in points.items()}
+    hub.write_weights(model, new)
+    curve = budgeted_batch(val, tested, lazy)
+    results = dict(
+        model=hub.full_name(model),
+        flops=exit_flops(model),
+        flops_lazy=lazy,
+        last_exit_flops=last_exit_flops(model),
+        golden_logits=hub.golden_logits(shipped),
+        largest_losses=NAMED,
+        held_out=dict(split=held_out, **accuracy(val)),
+        test=dict(
+            split=test,
+            **accuracy(tested),
+            presets={name: measured(point, tested, lazy) for name, point in points.items()},
+            budgeted_batch=[dict(average_flops=p.average_flops, top1=p.accuracy) for p in curve],
+        ),
+        **facts,
+    )
+    hub.write_results(new, results)
+    if folder.exists():
+        shutil.rmtree(folder)
+    new.rename(folder)
+    write_card(folder)
+
+
+def accuracy(split: Split) -> dict[str, Any]:
+    """Each exit's accuracy and calibration."""
+    logits, targets = split
+    return dict(
+        samples=len(targets),
+        top1=anytime_accuracy(logits, targets).tolist(),
+        top5=anytime_accuracy(logits, targets, topk=min(5, logits.shape[-1])).tolist(),
+        ece=calibration_error(logits, targets).tolist(),
+    )
+
+
+def operating_points(val: Split, flops: list[int], dataset: str, split: str) -> dict[str, OperatingPoint]:
+    """The named points, by the confidence with which they cost least on the held-out split."""
+    found = [fit_presets(val, flops, confidence=name, dataset=dataset, split=split) for name in CONFIDENCES]
+    return min(found, key=lambda points: sum(point.average_flops for point in points.values()))
+
+
+def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, Any]:
+    """A point's accuracy, cost and use of the exits."""
+    found = measure_policy(point, test, flops)
+    return dict(top1=found.accuracy, average_flops=found.average_flops, exit_shares=list(found.exit_shares))
+
+
+def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
+    """What is known of a run from its checkpoint and, beside it, ``train.py``'s ``args.yaml``, if that is there."""
+    facts: dict[str, Any] = dict(epochs=run.epoch + 1)
+    arguments = checkpoint.with_name("args.yaml")
+    if arguments.is_file():
+        recorded = yaml.safe_load(arguments.read_text())
+        if not recorded.get("resume"):  # a resumed run writes its arguments anew, so their time says nothing
+            facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
+        facts.update((key, recorded[key]) for key in ("seed", "batch_size") if recorded.get(key) is not None)
+        facts["settings"] = {key: recorded[key] for key in _SETTINGS if recorded.get(key) is not None}
+        if recorded.get("config"):
+            facts["recipe"] = Path(recorded["config"]).name
+    facts["measured_on"] = f"{threads()} of {processor()}"
+    facts["versions"] = dict(torch=str(torch.__version__), timm=timm.__version__, timm_dfs=__version__)
+    return facts
+
+
+def base_model(run: TrainingRun, checkpoint: Path) -> dict[str, str]:
+    """``base_model`` for the results: the Hub's name of the weights that a twin's training started from, if known."""
+    base, arguments = run.model.removeprefix(PREFIX), checkpoint.with_name("args.yaml")
+    if (
+        base.partition(".")[0] not in BASES
+        or not arguments.is_file()
+        or not yaml.safe_load(arguments.read_text()).get("pretrained")
+    ):
+        return {}
+    cfg = timm.get_pretrained_cfg(base)
+    return dict(base_model=cfg.hf_hub_id) if cfg is not None and cfg.hf_hub_id else {}

@@ -1,0 +1,1 @@
+"""Early exit per sample: confidences, policies, prediction, fusion."""

@@ -1,0 +1,99 @@
+"""A network as fast as it gets without being compiled, for inference only."""
+
+import copy
+import math
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..base.evaluating import evaluating, require_exits, without_data
+from ..base.model import MultiExitModel
+from ..base.partition import PartitionedConv2d
+
+Model = TypeVar("Model", bound=MultiExitModel)
+
+
+def fuse(model: Model) -> Model:
+    """A copy of a network for inference: batch norms folded into the convolutions before them, channels last.
+
+    It answers the same but for rounding, early exits included, and cannot be trained or saved in place of the model.
+
+    Args:
+        model: A network with exits; it stays as it is.
+
+    Returns:
+        The copy, in eval mode, on the model's device.
+
+    Raises:
+        ValueError: If ``model`` has no exits, or something besides a norm reads what a convolution puts out.
+    """
+    require_exits(model)
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    size = (fused.in_chans, *fused.pretrained_cfg["input_size"][1:])
+    for conv, norm in _pairs(fused, size):
+        parts: Any = fused.get_submodule(conv), fused.get_submodule(norm)
+        fused.set_submodule(conv, fuse_conv_bn_eval(*parts))
+        fused.set_submodule(norm, _after(fused.get_submodule(norm)))
+    fused = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _check(fused, model, size)
+    return fused
+
+
+def _check(fused: MultiExitModel, model: MultiExitModel, input_size: tuple[int, ...]) -> None:
+    like = next(model.parameters())
+    images = torch.linspace(-1, 1, 2 * math.prod(input_size), device=like.device, dtype=like.dtype)
+    with evaluating(model), torch.inference_mode():
+        answers = [torch.stack(network.forward_exits(images.view(2, *input_size))) for network in (fused, model)]
+    distance, scale = (answers[0] - answers[1]).norm().item(), answers[1].norm().item()
+    if distance > 1e-3 * scale + 1e-6:
+        raise ValueError(
+            f"{type(model).__name__} cannot be fused: its logits change by {distance / scale:.1%}, because something "
+            "besides a norm reads what a convolution puts out. Use the model as it is."
+        )
+
+
+def _pairs(model: MultiExitModel, input_size: tuple[int, ...]) -> list[tuple[str, str]]:
+    """Names of the convolutions and the norms that read what they put out, each called once in a forward pass."""
+    made: dict[tuple[int, int], str] = {}  # by what it put out, unless that was changed in place
+    kept: list[torch.Tensor] = []  # so that no two of those have one identity
+    calls: dict[str, int] = {}
+    pairs: list[tuple[str, str]] = []
+
+    def watch(name: str, module: nn.Module):
+        def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if isinstance(module, nn.Conv2d):
+                made[id(output), output._version] = name
+                kept.append(output)
+            elif maker := made.get((id(args[0]), args[0]._version)):
+                pairs.append((maker, name))
+
+        return module.register_forward_hook(hook)
+
+    handles = [watch(name, module) for name, module in model.named_modules() if _may_fold(module)]
+    try:
+        with without_data(model, input_size) as images:
+            model.forward_exits(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [pair for pair in pairs if all(calls[name] == 1 for name in pair)]
+
+
+def _may_fold(module: nn.Module) -> bool:
+    """Whether it is a plain convolution, or a batch norm with statistics, that nobody taps."""
+    plain = type(module).forward in _PLAIN
+    return plain and not module._forward_hooks and getattr(module, "track_running_stats", True)
+
+
+_PLAIN = (nn.Conv2d.forward, PartitionedConv2d.forward, nn.BatchNorm2d.forward, BatchNormAct2d.forward)
+
+
+def _after(norm: nn.Module) -> nn.Module:
+    """What a norm of timm's does besides."""
+    if isinstance(norm, BatchNormAct2d):
+        return nn.Sequential(norm.drop, norm.act) if not isinstance(norm.drop, nn.Identity) else norm.act
+    return nn.Identity()

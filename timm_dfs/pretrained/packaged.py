@@ -1,0 +1,43 @@
+"""Weights that came with this installation."""
+
+import json
+from pathlib import Path
+
+WEIGHTS_FILE = "model.safetensors"
+
+CONFIG_FILE = "config.json"
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def _hubs() -> tuple[Path, Path]:
+    return _PACKAGE / "pretrained" / "weights", _PACKAGE.parent / "hub"  # in a wheel; in a checkout
+
+
+def packaged_folder(name: str) -> Path | None:
+    """Folder with the weights that came with this installation under a model's name; ``None`` if none did."""
+    for hub in _hubs():
+        if (hub / name / WEIGHTS_FILE).is_file() and (hub / name / CONFIG_FILE).is_file():
+            return hub / name
+    return None
+
+
+def packaged_file(name: str) -> Path | None:
+    """The weights in :func:`packaged_folder`."""
+    folder = packaged_folder(name)
+    return folder / WEIGHTS_FILE if folder else None
+
+
+def packaged_names() -> set[str]:
+    """Names of the models with weights in this installation."""
+    return {folder.name for hub in _hubs() if hub.is_dir() for folder in hub.iterdir() if packaged_folder(folder.name)}
+
+
+def packaged_model_args(file: str | None) -> dict:
+    """Keyword arguments that belong to packaged weights: ``config.json``'s ``model_args`` beside ``file``."""
+    if file is None:
+        return {}
+    folder = Path(file).parent
+    if packaged_folder(folder.name) != folder:
+        return {}
+    return json.loads((folder / CONFIG_FILE).read_text())["model_args"]

@@ -1,0 +1,1 @@
+"""Any backbone of timm's with exits."""

@@ -1,0 +1,166 @@
+"""Where exits can go in a backbone of timm's, and what every family's feature looks like there."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base.evaluating import BATCH, without_data
+from .families import family_of
+from .taps import last_called
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A module after which an exit can be attached.
+
+    Attributes:
+        module: Its name in the backbone.
+        channels: Size of its output along the channel axis.
+        layout: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (tokens) or ``"NCL"``.
+        reduction: Size of the image over that of the feature; 0 where that says nothing.
+    """
+
+    module: str
+    channels: int
+    layout: str
+    reduction: int = 0
+
+    @property
+    def dim(self) -> int:
+        """The channel axis."""
+        return 1 if self.layout in ("NCHW", "NCL") else -1
+
+
+def stages(backbone: nn.Module) -> list[str]:
+    """Names of the modules that end the backbone's feature stages, shallow to deep."""
+    find = family_of(backbone).stages
+    if find is not None:
+        return find(backbone)
+    info = getattr(backbone, "feature_info", None)
+    entries = list(info) if info is not None else []  # FeatureInfo or a list of dicts
+    return list(dict.fromkeys(entry["module"] for entry in entries if entry.get("module")))
+
+
+def spread(names: Sequence[str], exits: int) -> list[str]:
+    """The early exit points of ``exits`` exits, evenly spread over stages of which the last is the last exit's."""
+    return [names[math.ceil(len(names) * (k + 1) / exits) - 1] for k in range(exits - 1)]
+
+
+def choose(backbone: nn.Module, exits: int | Sequence[str]) -> list[str]:
+    """Names of the modules after which the early exits go.
+
+    Args:
+        backbone: A model of timm's.
+        exits: How many exits, the last included, or the early exits' modules.
+
+    Raises:
+        ValueError: If there are not so many points, or a name is wrong.
+    """
+    names = stages(backbone)
+    kind = type(backbone).__name__
+    if isinstance(exits, int) and not isinstance(exits, bool):
+        if exits < 2:
+            raise ValueError(f"exits is {exits}; give at least 2, the last included.")
+        if not names:
+            raise ValueError(f"{kind} does not say where its stages end; give the names of modules as exits.")
+        if exits > len(names):
+            raise ValueError(
+                f"exits is {exits}, but {kind} has {len(names)} stages ({', '.join(names)}); give at most so many, or "
+                "the names of modules."
+            )
+        return spread(names, exits)
+    if isinstance(exits, str) or not isinstance(exits, Sequence) or not all(isinstance(name, str) for name in exits):
+        raise ValueError(f"exits is {exits!r}; give how many, or the names of the modules after which they go.")
+    if not exits:
+        raise ValueError("exits is empty; give at least one module after which an early exit goes.")
+    modules = dict(backbone.named_modules())
+    unknown = [name for name in exits if name not in modules or not name]
+    if unknown:
+        raise ValueError(
+            f"{kind} has no module {', '.join(unknown)} for an exit. Its stages end with {', '.join(names)}; other "
+            f"modules have names such as {', '.join(list(modules)[1:6])}."
+        )
+    if len({last_called(modules[name]) for name in exits}) < len(exits):
+        raise ValueError(f"exits is {tuple(exits)}, with one place twice; give every module once.")
+    return list(exits)
+
+
+class _Probe:
+    """Forward hook that notes what a module puts out."""
+
+    def __init__(self, name: str, element: int, seen: list[tuple[str, torch.Size]]):
+        self.name, self.element, self.seen = name, element, seen
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        feature = output[self.element] if isinstance(output, (list, tuple)) and output else output
+        if not isinstance(feature, torch.Tensor):
+            raise ValueError(f"{self.name} puts out a {type(feature).__name__}, not a tensor; take another module.")
+        self.seen.append((self.name, feature.shape))
+
+
+def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[ExitPoint]:
+    """What an image's feature looks like at each of these modules, found by a forward pass without data.
+
+    Args:
+        backbone: A model of timm's.
+        names: Modules after which early exits are to go, shallow to deep.
+        input_size: (channels, height, width) of an image.
+
+    Raises:
+        ValueError: If a module is not an exit point: never called, called twice, out of order, or no tensor.
+    """
+    kind = type(backbone).__name__
+    seen = _run(backbone, names, input_size)
+    order = [name for name, _ in seen]
+    wrong = [f"{name} ({order.count(name)} times)" for name in names if order.count(name) != 1]
+    if wrong:
+        raise ValueError(f"A forward pass of {kind} calls {', '.join(wrong)}; exits go after modules called once.")
+    if order != list(names):
+        raise ValueError(f"exits is {tuple(names)}, but {kind} gets to them in the order {tuple(order)}; give that.")
+    unbatched = [name for name, shape in seen if shape[0] != BATCH]
+    if unbatched:
+        raise ValueError(f"The first axis of {', '.join(unbatched)} of {kind} is not the batch; take other modules.")
+    family = family_of(backbone)
+    described = family.stages is None and family.element == 0  # else feature_info describes other tensors
+    info = list(getattr(backbone, "feature_info", None) or []) if described else []
+    known = {entry["module"]: entry["num_chs"] for entry in info if entry.get("module")}
+    return [_describe(backbone, name, shape, known, input_size) for name, shape in seen]
+
+
+def _run(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[tuple[str, torch.Size]]:
+    """Shapes at the exit points, in the order in which a forward pass gets to them."""
+    seen: list[tuple[str, torch.Size]] = []
+    modules = dict(backbone.named_modules())
+    element = family_of(backbone).element
+    handles = [modules[name].register_forward_hook(_Probe(name, element, seen)) for name in names]
+    try:
+        with without_data(backbone, input_size) as images:
+            backbone.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _describe(
+    backbone: nn.Module, name: str, shape: torch.Size, known: dict[str, int], input_size: Sequence[int]
+) -> ExitPoint:
+    channels_last = getattr(backbone, "output_fmt", "NCHW") in ("NHWC", "NLC")
+    layout = {4: "NHWC" if channels_last else "NCHW", 3: "NLC"}.get(len(shape))
+    if name in known:
+        channels = known[name]
+        matching = [kind for kind in _LAYOUTS.get(len(shape), {}) if shape[_LAYOUTS[len(shape)][kind]] == channels]
+        if layout not in matching:
+            layout = matching[0] if matching else None
+    if layout is None:
+        raise ValueError(f"{name} of {type(backbone).__name__} puts out {tuple(shape)}, in no layout known for exits.")
+    channels = shape[_LAYOUTS[len(shape)][layout]]
+    height = {"NCHW": 2, "NHWC": 1}.get(layout)
+    return ExitPoint(name, channels, layout, input_size[1] // shape[height] if height else 0)
+
+
+_LAYOUTS = {4: {"NCHW": 1, "NHWC": -1}, 3: {"NLC": -1, "NCL": 1}}

@@ -105,6 +105,21 @@ def unpack(folder: Path, out: Path) -> dict[str, int]:
     return counts
 
 
+def write_folders(folder: Path, out: Path) -> None:
+    """Write an unpacked data set as ``<split>/<label>/<number>.png``, which train.py reads without more packages.
+
+    Args:
+        folder: Where :func:`unpack` wrote it.
+        out: Folder for the splits'.
+    """
+    for name in SPLITS:
+        images, labels = read_split(folder, name)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            file = out / name / f"{label:03}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(file, compress_level=0)  # quick to read
+
+
 def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, C, H, W), bytes, and labels (N,) of a split of an unpacked data set.
 
@@ -155,6 +170,7 @@ def main() -> None:
     packing.add_argument("--label", default="fine_label")
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("folder", type=Path)
+    unpacking.add_argument("--folders", type=Path, help="and write train.py's folders of images there")
     for command in (packing, unpacking):
         command.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -163,6 +179,8 @@ def main() -> None:
             print(f"{file}: {file.stat().st_size / 1024**2:.1f} MiB")
     else:
         print(" ".join(f"{count} {name}" for name, count in unpack(args.folder, args.out).items()))
+        if args.folders is not None:
+            write_folders(args.out, args.folders)
 
 
 if __name__ == "__main__":

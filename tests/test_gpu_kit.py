@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import timm_dfs
@@ -32,10 +36,12 @@ import batches as kit_batches  # noqa: E402
 import device_augment  # noqa: E402
 import floor as kit_floor  # noqa: E402
 import host_augment  # noqa: E402
+import inputs as kit_inputs  # noqa: E402
 import pack  # noqa: E402
 import recipe  # noqa: E402
 import run as kit_run  # noqa: E402
 import state as kit_state  # noqa: E402
+import steps as kit_steps  # noqa: E402
 
 sys.path.remove(str(KIT))
 
@@ -185,6 +191,114 @@ def test_rates_on_the_device_are_the_schedules(data, tmp_path):
         kits[1].first.after_update()
     for key, value in kits[0].first.model.state_dict().items():
         torch.testing.assert_close(kits[1].first.model.state_dict()[key], value)
+
+
+# What a graph can hold.
+
+
+class Graphable(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: asking the device for a value, or a tensor of the processor's."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.operators = device, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        self.operators += 1
+        assert func.overloadpacket.__name__ not in self.ASKING, f"{func} waits for the device"
+        tensors = [value for value in tree_leaves((args, kwargs, outputs)) if isinstance(value, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} <= {self.device}, f"{func} is between devices"
+        return outputs
+
+
+OBJECTIVES = {
+    "joint": dict(beta=None),
+    "DFS": dict(beta=0.5),
+    "distillation": dict(distill_weight=0.3, distill_feature_weight=0.03),
+    "equilibrium": dict(gradient_equilibrium=True),
+    "weights": dict(loss_weights=[1.0, 0.5, 2.0]),
+}
+
+
+@pytest.mark.parametrize("kwargs", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_captured_step_never_asks_the_device(data, tmp_path, kwargs):
+    kit = training(data, tmp_path, dict(one=dict(NETWORK, **kwargs)), cutout=8, reprob=0.25, remode="const")
+    x, target = next(kit.batches.epoch(0))
+    for _ in range(kit_steps.EAGER_STEPS):
+        kit.steps(x, target)
+    with Graphable("cpu") as watched:
+        kit.steps._update_all()
+    assert watched.operators > 500
+    with Graphable("cpu"), pytest.raises(AssertionError, match="waits"):
+        kit.first.loss.item()
+
+
+def test_a_captured_forward_pass_takes_nothing_from_the_processor():
+    """On a GPU that is not there: fake tensors have its device, and no values to ask for."""
+    args = recipe.read_recipe(None, settings(cutout=8, reprob=0.25, remode="const"))
+    with FakeTensorMode():
+        device = torch.device("cuda:0")
+        with device:
+            model = timm.create_model("dfs_msdnet_cifar100", num_classes=CLASSES, drop_rate=0.5, **NETWORK)
+        task = ClassificationTask(model.train(), LabelSmoothingCrossEntropy(0.1), device=device, verbose=False)
+        of_recipe = kit_inputs.Inputs(args, MEAN, STD, device)
+        images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=device)
+        target = torch.zeros(8, dtype=torch.long, device=device)
+        task.criterion._batches = kit_steps.EAGER_STEPS  # as when a graph is captured
+        with Graphable("cuda") as watched:
+            loss = task(of_recipe.augmented(images), target)["loss"]
+        assert watched.operators > 100 and loss.device == device
+        with Graphable("cuda"), pytest.raises(AssertionError, match="between devices"):
+            torch.ones(2).to(device)
+
+
+class PretendedGraph:
+    """A graph for the CPU: holds the numbers that Python had when it was captured, and computes when replayed."""
+
+    def hold(self, steps):
+        self.steps, self.updates = steps, [learner.updates for learner in steps.learners]
+
+    def replay(self):
+        now = [learner.updates for learner in self.steps.learners]
+        with ExitStack() as during:
+            for learner, updates in zip(self.steps.learners, self.updates):
+                learner.updates = updates
+                during.enter_context(learner.rates_of_the_device())
+            kit_steps.Steps._update_all(self.steps)
+        for learner, updates in zip(self.steps.learners, now):
+            learner.updates = updates
+
+
+def test_replayed_steps_are_steps(data, tmp_path, monkeypatch):
+    """Schedule, momentum, moving average and counts go on through a graph that knows only what capture showed it."""
+    captured = []
+
+    @contextmanager
+    def pretended_capture(graph, stream):
+        graph.hold(kit.steps)
+        kit.steps._update_all = lambda: captured.append(graph)
+        yield
+        del kit.steps._update_all
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", pretended_capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    runs = dict(joint=dict(NETWORK, beta=None), dfs=dict(NETWORK, beta=0.5))
+    given = dict(epochs=2, sched_on_updates=True, warmup_epochs=1, drop=0.0)
+    plain, kit = (training(data, tmp_path / way, runs, **given) for way in ("plain", "replayed"))
+    for learner in (*plain.learners.values(), *kit.learners.values()):
+        for group in learner.optimizer.param_groups:
+            group.update(fused=True, foreach=False)
+    kit.steps.captures = True
+    assert plain.to_the_end() and kit.to_the_end()
+    assert captured == [kit.steps.graph] and kit.steps.eager_steps == kit_steps.EAGER_STEPS
+    for name in runs:
+        one, other = (last(tmp_path / way / name) for way in ("plain", "replayed"))
+        assert_same_state(one, other, close=True)
+        assert kit.learners[name].updates == plain.learners[name].updates == 6
 
 
 # Runs.

@@ -1,10 +1,13 @@
 """Batches of an epoch: which images, in which order, from where."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from host_augment import HostAugmentation, Transform
+
+_logger = logging.getLogger("gpu")
 
 
 class Batches:
@@ -45,8 +48,8 @@ class Batches:
         self.host = None
         if transform is not None:
             self.host = HostAugmentation(images, transform, batch_size, workers, seed)
-            if device.type == "cuda":
-                self.host.pin()
+            if device.type == "cuda" and not self.host.pin():
+                _logger.warning("The images' memory cannot be locked: each step waits for its copy of a batch.")
         else:
             self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(labels).to(device)

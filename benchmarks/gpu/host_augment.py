@@ -11,6 +11,7 @@ import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -89,8 +90,13 @@ class HostAugmentation:
         self.ahead: dict[int, list[Future]] = {}
 
     def pin(self) -> bool:
-        """Lock the memory for copies to the GPU that nobody waits for; say whether that worked."""
-        return torch.cuda.cudart().cudaHostRegister(self.slots.data_ptr(), self.slots.nbytes, 0) == 0
+        """Lock the memory, for copies to the GPU that nobody waits for; say whether that worked."""
+        torch.cuda.cudart().cudaHostRegister(self.slots.data_ptr(), self.slots.nbytes, 0)
+        if self.slots.is_pinned():
+            return True
+        with suppress(RuntimeError):  # the next call on the GPU reports the failure, which is none of its business
+            torch.zeros((), device="cuda")
+        return False
 
     def epoch(self, number: int, order: np.ndarray, next_order: np.ndarray | None) -> Iterator[torch.Tensor]:
         """Batches (B, C, H, W), bytes, of an epoch; the next one is begun. Copy them before that one's end.

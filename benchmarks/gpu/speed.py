@@ -10,8 +10,10 @@ augmentation that it has for the recipe's.
 
 import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,13 +78,18 @@ def measure_script(flags: tuple[str, ...], args: argparse.Namespace) -> float | 
 
 
 def _finished(command: list[str], seconds: float, folder: str) -> "subprocess.CompletedProcess[str] | str":
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True
+    )
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=folder)
+        stdout, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers and compilers with it, or they would slow down the next
+        process.communicate()
         return f"not done in {seconds:g} s"
-    if finished.returncode:
-        return (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return finished
+    if process.returncode:
+        return (stderr.strip().splitlines() or ["no reason given"])[-1]
+    return subprocess.CompletedProcess(command, 0, stdout, stderr)
 
 
 def main() -> None:

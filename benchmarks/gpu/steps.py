@@ -4,8 +4,8 @@ Launching a step's thousands of small kernels one by one takes the host longer t
 launched as one; several runs in it are branches that the device may compute at the same time.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from learner import Learner
@@ -60,9 +60,17 @@ class Steps:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
 
-    def on_stream(self):
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
         """What everything that touches the runs' tensors happens in: the stream of the steps, if there is one."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        if self.stream is None:
+            yield
+            return
+        before = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(before)  # weights and images were put there by the other one
+        with torch.cuda.stream(self.stream):
+            yield
+        before.wait_stream(self.stream)
 
     def __call__(self, images: torch.Tensor, target: torch.Tensor) -> None:
         """Step on bytes (B, C, H, W) and labels (B,); in :meth:`on_stream`. Does not wait for the device."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from timm.models import is_model_pretrained
 
 from ..base.model import MultiExitModel
+from ..data.datasets import follow_run
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from ..training.run import read_run
@@ -65,8 +66,10 @@ def create(
 ) -> MultiExitModel:
     """The model of that name, or that a checkpoint of ``train.py``'s belongs to, in eval mode."""
     kwargs: dict[str, Any] = {}
+    run = None
     if Path(name).is_file():
         run = read_run(Path(name))
+        run.check_reproducible()
         if checkpoint is not None:
             raise ValueError(f"Both {name} and --checkpoint {checkpoint} are given; give one checkpoint.")
         name, checkpoint, kwargs = run.model, Path(name), run.model_args
@@ -87,6 +90,8 @@ def create(
         raise ValueError(f"Cannot create {name} with --model-kwargs {' '.join(model_kwargs)}: {error}") from error
     if not isinstance(model, MultiExitModel):
         raise ValueError(f"{name} is a network without exits.")
+    if run is not None:
+        follow_run(model, run)
     return model.eval()
 
 

@@ -7,7 +7,7 @@ import torch
 import typer
 
 from ..base.model import MultiExitModel
-from ..data.images import dataset_loader
+from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
 from ..evaluation.flops import exit_flops
 from ..training.conflict import GradientConflict, gradient_conflict

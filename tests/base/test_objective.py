@@ -108,7 +108,7 @@ class TestANetworkWithOneExit:
         ids=named,
     )
     def test_refuses_what_is_between_exits(self, make, one, settings):
-        with pytest.raises(ValueError, match=f"{next(iter(settings))} is something between exits"):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} needs at least two exits"):
             make(**one, **settings)
 
     @pytest.mark.parametrize("settings", [dict(loss_weights=[2.0]), dict(train_backbone=False), {}], ids=named)

@@ -295,7 +295,7 @@ def test_after_a_walk_that_fails_the_backbone_answers_as_ever(plain):
     model = plain["NCHW"]
     with pytest.raises(ZeroDivisionError):
         model.walk(x(), lambda *_: 1 / 0)
-    assert model.visit.current is None
+    assert model.forward_state.at_exit is None
     assert torch.equal(model(x()), model.forward_exits(x())[-1])
 
 
@@ -345,6 +345,11 @@ def test_a_scripted_backbone_is_refused():
         MultiExit(torch.jit.trace(backbone(), x()))
 
 
+def test_a_compiled_backbone_is_refused():
+    with pytest.raises(ValueError, match=r"before torch\.compile, then compile the MultiExit"):
+        MultiExit(torch.compile(backbone()))
+
+
 def test_a_feature_extractor_is_refused():
     with pytest.raises(ValueError, match="timm"):
         MultiExit(timm.create_model("test_resnet", features_only=True))
@@ -363,7 +368,7 @@ def test_a_head_that_does_not_exist_is_refused_with_those_that_do(value):
 
 
 def test_a_convolutional_head_for_tokens_is_refused():
-    with pytest.raises(ValueError, match="puts out tokens"):
+    with pytest.raises(ValueError, match="returns tokens"):
         wrapped("NLC", head="conv")
 
 
@@ -421,6 +426,51 @@ def test_negative_classes_are_refused_and_change_nothing():
     with pytest.raises(ValueError, match="num_classes is -2"):
         model.reset_classifier(-2)
     assert torch.equal(model(x()), answer)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NLC"])
+def test_another_input_size_is_that_of_the_backbone(layout):
+    model, inner = wrapped(layout).eval(), backbone(layout).eval()
+    inner.load_state_dict(model.backbone.state_dict())
+    for network in (model, inner):
+        network.set_input_size(img_size=96)
+    assert model.pretrained_cfg["input_size"] == (3, 96, 96)
+    assert torch.equal(model(images(size=96)), inner(images(size=96)))
+    assert len(model.forward_exits(images(size=96))) == 3
+
+
+def test_a_backbone_of_no_fixed_input_size_says_so():
+    with pytest.raises(ValueError, match="ResNet has no set_input_size; give images of another size as they are"):
+        wrapped().set_input_size(96)
+
+
+def test_torchvisions_feature_extractor_needs_partitions_as_leaves(plain):
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = copy.deepcopy(plain["NCHW"])
+    with pytest.raises(ValueError, match=r"leaf_modules=\[timm_dfs\.Partition\]"):
+        feature_extraction.create_feature_extractor(model, ["backbone.layer1"], suppress_diff_warning=True)
+    extractor = feature_extraction.create_feature_extractor(
+        model,
+        ["backbone.layer1"],
+        tracer_kwargs=dict(leaf_modules=[timm_dfs.Partition]),
+        suppress_diff_warning=True,
+    ).eval()
+    (feature,) = model.forward_intermediates(x(), indices=[1], intermediates_only=True)
+    assert torch.equal(extractor(x())["backbone.layer1"], feature)
+
+
+def test_naflex_patches_are_refused_where_exits_are_computed():
+    inner = timm.create_model("naflexvit_base_patch16_gap", depth=4, embed_dim=32, num_heads=2, num_classes=CLASSES)
+    model = MultiExit(inner, 3).eval()
+    patches = dict(
+        patches=torch.randn(2, 6, 768),
+        patch_coord=torch.cartesian_prod(torch.arange(2), torch.arange(3)).expand(2, 6, 2),
+        patch_valid=torch.ones(2, 6, dtype=torch.bool),
+    )
+    assert torch.equal(model(patches), inner(patches))  # the backbone alone
+    for compute in (model.forward_exits, model.train(), lambda x: predict(model, x, ExitPolicy([0, 0, 0]))):
+        with pytest.raises(ValueError, match="x is a dict"):
+            compute(patches)
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC"])
@@ -513,7 +563,7 @@ def test_a_deep_copy_answers_alike_and_its_taps_are_its_own(layout, plain):
     model = plain[layout]
     other = copy.deepcopy(model)
     assert_same_answers(other, model)
-    assert other.visit is not model.visit
+    assert other.forward_state is not model.forward_state
     before = model.forward_exits(x())
     for parameter in other.heads.parameters():
         nn.init.zeros_(parameter)

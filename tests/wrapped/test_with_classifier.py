@@ -78,7 +78,7 @@ def test_an_encoder_trains_with_layer_decay(name):
 
 def test_an_encoder_without_groups_says_so():
     model = timm.create_model("dfs_mobilenetv5_300m_enc", device="meta")
-    with pytest.raises(ValueError, match="no groups of layers of MobileNetV5Encoder"):
+    with pytest.raises(ValueError, match="no layer groups for MobileNetV5Encoder"):
         model.group_matcher()
 
 

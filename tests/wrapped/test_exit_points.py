@@ -1,4 +1,4 @@
-"""Exit points are found in the backbone; a wrong one is refused with what would be right."""
+"""Exit points are found in the backbone; an impossible one is refused with possible ones."""
 
 import pytest
 import timm
@@ -61,7 +61,7 @@ def test_more_exits_than_stages_are_refused_with_their_names():
 
 
 @pytest.mark.parametrize("name", ["layer9", "", "backbone.layer1", "Layer1"])
-def test_a_name_that_is_no_modules_is_refused_with_those_that_are(name):
+def test_a_name_of_no_module_is_refused_with_names_of_modules(name):
     with pytest.raises(ValueError, match="has no module") as error:
         wrapped(exits=("layer1", name))
     for valid in ("layer1", "layer2", "layer3", "layer4", "conv1"):
@@ -89,7 +89,7 @@ def test_exits_that_are_neither_a_number_nor_names_are_refused_by_value(value):
         wrapped(exits=value)
 
 
-def test_no_names_are_refused():
+def test_an_empty_list_of_names_is_refused():
     with pytest.raises(ValueError, match="exits is empty"):
         wrapped(exits=())
 
@@ -126,7 +126,7 @@ def _with_vector():
     return inner
 
 
-def test_a_failed_attempt_leaves_no_hook_and_the_mode_behind():
+def test_a_failed_attempt_leaves_no_hooks_and_keeps_the_mode():
     inner = backbone().train()
     for exits in (("layer3", "layer1"), ("layer1", "fc"), 9):
         with pytest.raises(ValueError):
@@ -192,7 +192,7 @@ ADAPTED = {
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-def test_families_with_their_own_ways_have_exit_points(name):
+def test_families_with_a_record_have_the_expected_exit_points(name):
     architecture, expected = ADAPTED[name]
     inner = timm.create_model(architecture, device="meta")
     assert family_name(inner) == name and name in FAMILIES

@@ -103,7 +103,7 @@ SMALL_TNT = dict(img_size=64, depth=4, embed_dim=48, inner_dim=12, num_heads_out
 BACKBONES = {
     "NCHW": ("test_resnet", {}),
     "NHWC": ("swin_tiny_patch4_window7_224", SMALL_SWIN),
-    "NLC": ("test_vit", dict(img_size=64)),
+    "NLC": ("test_vit", dict(img_size=64, depth=4)),
     "pair": ("tnt_s_patch16_224", SMALL_TNT),  # a block returns pixels, several rows for each sample, and patches
 }
 

@@ -253,7 +253,7 @@ def test_networks_in_half_precision_are_aggregated_too(aggregator):
 @pytest.mark.parametrize("early", [True, False], ids=["before_the_task", "by_the_task"])
 def test_a_compiled_network_is_refused_with_the_remedy_or_aggregated_exactly(backend, early):
     torch._dynamo.reset()
-    plain, model = pair(tiny_vgg, "MGDA")
+    plain, model = pair(tiny_vgg, "MGDA", depths=(1, 1))
     expected = aggregated(rows_of(exit_losses(plain, images(6).double()), plain), plain, "MGDA")
     try:
         if early:

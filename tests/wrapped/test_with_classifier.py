@@ -77,7 +77,7 @@ def test_an_encoder_trains_with_layer_decay(name):
 
 
 def test_an_encoder_without_layer_groups_is_refused_with_the_remedy():
-    model = timm.create_model("dfs_mobilenetv5_300m_enc", device="meta")
+    model = WithClassifier(timm.create_model("mobilenetv5_300m_enc", device="meta"))
     with pytest.raises(ValueError, match="no layer groups for MobileNetV5Encoder"):
         model.group_matcher()
 
@@ -90,7 +90,6 @@ def test_another_pooling_is_refused(name):
 
 @pytest.mark.parametrize("architecture", ["test_vit", "resnet18", "swin_tiny_patch4_window7_224", "coat_tiny"])
 def test_layers_are_grouped_as_the_backbones_are(architecture):
-
     plain = timm.create_model(architecture, device="meta")
     model = MultiExit(plain, 3)
     whole = group_parameters(model, model.group_matcher(), reverse=True)

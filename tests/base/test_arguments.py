@@ -1,4 +1,4 @@
-"""A misspelt keyword argument is refused with the right name, and no argument of timm's is taken for one of ours."""
+"""A misspelt keyword argument is refused with the right name, and no argument of a timm model counts as one."""
 
 import inspect
 import sys

@@ -1,4 +1,4 @@
-"""Native networks work with timm's feature extraction and with torch.jit.trace as networks of timm's do."""
+"""Native networks work with features_only and torch.jit.trace, as timm's own networks do."""
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection
 
 SIMILARITY = 0.87
-"""Similarity of two names, in [0, 1] as difflib measures it, from which one is taken for a misspelling of the other."""
+"""Smallest similarity, in [0, 1] as difflib measures it, at which a name counts as a misspelling of another."""
 
 
 def check_names(owner: str, given: Collection[str], known: Collection[str]) -> None:

@@ -93,7 +93,7 @@ def _check_size(model: MultiExitModel, size: Sequence[int]) -> None:
         _warned_of_size.add(model)
         warnings.warn(
             f"Images are {size[0]} x {size[1]} pixels, but this model was built for {built_for[0]} x {built_for[1]}; "
-            "resize them, or its predictions may be poor.",
+            "resize them, unless it was trained at their size.",
             stacklevel=4,
         )
 

@@ -54,7 +54,7 @@ class MultiExitModel(nn.Module):
         num_classes: Classes; 0 for pooled features.
         in_chans: Image channels.
         drop_rate: Dropout rate before each classifier.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``, see :class:`timm_dfs.Partition`.
         presets: Named operating points fitted to the weights.
 
@@ -195,6 +195,7 @@ class MultiExitModel(nn.Module):
 
     @property
     def num_exits(self) -> int:
+        """Number of exits, the last included."""
         return len(self.heads)
 
     @property

@@ -195,7 +195,7 @@ class Partition(nn.Module):
 
     Args:
         channels: Size C of the feature along ``dim``.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training, without a partition.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training, without a partition.
         referencing: One of the values above.
         dim: Channel axis of the feature: 1 for NCHW, -1 for NHWC and token layouts.
         in_parts: Give the deeper layers a :class:`PartlyTrained` while gradients are recorded. For networks whose next

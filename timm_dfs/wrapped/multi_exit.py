@@ -34,7 +34,7 @@ class MultiExit(MultiExitModel):
         backbone: A timm model, with its weights.
         exits: Number of exits, the last included, spread evenly over the backbone's stages; or the names of the modules
             after which the early exits are attached, shallow to deep. By default 4, or as many as there are stages.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
         head: ``"auto"``, ``"linear"`` or ``"conv"``, see :func:`~timm_dfs.wrapped.feature_heads.feature_head`.
         drop_rate: Dropout rate before the early exits' classifiers.

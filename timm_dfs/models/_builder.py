@@ -6,6 +6,7 @@ from typing import TypeVar
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models._builder import resolve_pretrained_cfg
 
+from ..base.features import ExitFeatures
 from ..base.model import MultiExitModel
 from ..base.objective import take_settings
 from ..base.partition import JOINT
@@ -99,7 +100,7 @@ def build_model(
             variant,
             pretrained,
             pretrained_filter_fn=checked_filter_fn,
-            feature_cfg=dict(feature_cls="hook", out_indices=tuple(range(len(classifiers)))),
+            feature_cfg=dict(feature_cls=ExitFeatures, out_indices=tuple(range(len(classifiers)))),
             **kwargs,
         )
     except (ValueError, TypeError):

@@ -15,7 +15,8 @@ from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_d
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import _model_default_cfgs
 
-from ..base.objective import take_settings
+from ..base.arguments import check_names
+from ..base.objective import SETTINGS, take_settings
 from ..base.partition import JOINT
 from ..pretrained.checks import check_presets, fit_checkpoint
 from ..pretrained.packaged import WEIGHTS_FILE, packaged_file, packaged_folder, packaged_model_args, packaged_names
@@ -30,6 +31,9 @@ EXITS = 4
 """Exits of a twin, the last included, or as many as there are stages."""
 
 _OURS = ("exits", "beta", "referencing", "head", "exit_drop_rate", "presets")
+
+_NOT_OF_BASES = ("exits", "beta", "referencing", "presets", *SETTINGS)
+"""Arguments to which no argument of a timm model has a similar name."""
 
 
 def _without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
@@ -72,6 +76,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         ValueError: If an exit cannot be where it is wanted, or weights do not fit.
     """
     name = PREFIX + base
+    check_names(name, kwargs, _NOT_OF_BASES)
     if kwargs.pop("features_only", False):
         return timm.create_model(  # type: ignore[return-value]
             base, pretrained=pretrained, features_only=True, **_bases_own(kwargs)

@@ -15,18 +15,18 @@ from torch import nn
 import timm_dfs
 
 METHODS = {
-    "joint": dict(beta=None),
+    "joint": dict(beta="joint"),
     "DFS 0.1": dict(beta=0.1),
     "DFS 0.5": dict(beta=0.5),
     "DFS 0.9": dict(beta=0.9),
-    "BYOT": dict(beta=None, distill_weight=0.3, distill_feature_weight=0.03),
-    "GE": dict(beta=None, gradient_equilibrium=True),
-    "PCGrad": dict(beta=None, aggregator="PCGrad"),
-    "CAGrad": dict(beta=None, aggregator="CAGrad"),
-    "Nash-MTL": dict(beta=None, aggregator="NashMTL"),
-    "MGDA": dict(beta=None, aggregator="MGDA"),
-    "AlignedMTL": dict(beta=None, aggregator="AlignedMTL"),
-    "UPGrad": dict(beta=None, aggregator="UPGrad"),
+    "BYOT": dict(beta="joint", distill_weight=0.3, distill_feature_weight=0.03),
+    "GE": dict(beta="joint", gradient_equilibrium=True),
+    "PCGrad": dict(beta="joint", aggregator="PCGrad"),
+    "CAGrad": dict(beta="joint", aggregator="CAGrad"),
+    "Nash-MTL": dict(beta="joint", aggregator="NashMTL"),
+    "MGDA": dict(beta="joint", aggregator="MGDA"),
+    "AlignedMTL": dict(beta="joint", aggregator="AlignedMTL"),
+    "UPGrad": dict(beta="joint", aggregator="UPGrad"),
 }
 """Each method as arguments of a model. BYOT's weights are those of the official DFS code's ResNet recipe."""
 

@@ -22,14 +22,14 @@ from timm_dfs.base.objective import Objective
 from timm_dfs.evaluation.machine import describe_machine
 
 SETTINGS = {
-    "joint": dict(beta=None),
+    "joint": dict(beta="joint"),
     "one-sided 0.3": dict(beta=0.3, referencing="one_sided"),
     "one-sided 0.5": dict(beta=0.5, referencing="one_sided"),
     "one-sided 0.7": dict(beta=0.7, referencing="one_sided"),
     "one-sided 0.9": dict(beta=0.9, referencing="one_sided"),
     "two-sided 0.5": dict(beta=0.5, referencing="two_sided"),
-    "joint, distilled": dict(beta=None, distill_weight=0.3),
-    "joint, backbone first": dict(beta=None),
+    "joint, distilled": dict(beta="joint", distill_weight=0.3),
+    "joint, backbone first": dict(beta="joint"),
     "one-sided 0.5, distilled": dict(beta=0.5, referencing="one_sided", distill_weight=0.3),
 }
 """Each as arguments of the model; the weight of distillation is that of the official ResNet recipe."""

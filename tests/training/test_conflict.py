@@ -24,7 +24,7 @@ def make(request):
 class Toy(MultiExitModel):
     """One convolution of four channels, and exits that all read what it puts out."""
 
-    def __init__(self, classifiers, beta=None):
+    def __init__(self, classifiers, beta="joint"):
         super().__init__(2, 3, 0.0, beta, "two_sided", None)
         self.conv = nn.Conv2d(3, 4, 1, bias=False)
         self.feature_info = [dict(num_chs=4, reduction=1, module="conv") for _ in classifiers]
@@ -132,7 +132,7 @@ def test_cosines_are_those_of_separate_backward_passes(make, beta):
 
 
 def test_layers_come_in_the_networks_order_and_are_shared(make):
-    model = settled(make(beta=None))
+    model = settled(make(beta="joint"))
     conflict = gradient_conflict(model, BATCHES)
     names = [name for name, _ in model.named_modules()]
     assert [name for name in names if name in conflict.layers] == list(conflict.layers)
@@ -143,7 +143,7 @@ def test_layers_come_in_the_networks_order_and_are_shared(make):
 
 
 def test_an_exit_that_does_not_train_a_layer_has_no_cosine_there():
-    conflict = gradient_conflict(settled(tiny_vgg(beta=None)), BATCHES)
+    conflict = gradient_conflict(settled(tiny_vgg(beta="joint")), BATCHES)
     cosine = dict(zip(conflict.layers, conflict.cosine))
     assert not cosine["stages.0.conv"].isnan().any()
     assert cosine["stages.1.conv"][0].isnan().all() and not cosine["stages.1.conv"][1:, 1:].isnan().any()
@@ -231,7 +231,7 @@ def test_a_model_without_exits_is_refused():
     [
         lambda: tiny_vgg(beta=0.0),
         lambda: tiny_resnet(beta=0.0),
-        lambda: tiny_vgg(beta=None, train_backbone=False),
+        lambda: tiny_vgg(beta="joint", train_backbone=False),
         lambda: tiny_vgg(depths=(1,), widths=(6,)),
     ],
     ids=["beta 0", "beta 0 in stages", "frozen", "one exit"],

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 WORLD, BATCH, STEPS = 2, 4, 2
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0, 1])
-JOINT = dict(beta=None)
+JOINT = dict(beta="joint")
 
 # With batch norm out of the way, everything here is a mean over the batch and so the same in parts.
 CASES = {

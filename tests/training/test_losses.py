@@ -169,7 +169,7 @@ def test_feature_distillation_adds_the_distance_between_pooled_features(make):
 
 
 def test_a_distance_trains_its_adapter_and_what_feeds_it_but_nothing_of_the_last_exits_own(make):
-    model = make(drop_rate=0.0, distill_feature_weight=0.25, beta=None).train()
+    model = make(drop_rate=0.0, distill_feature_weight=0.25, beta="joint").train()
     *_, distances = model(images(6))
     found = gradients(distances[0], model)
     reached = {name for name, gradient in found.items() if gradient.any()}
@@ -394,7 +394,7 @@ CHAINS = {"msdnet_of_one_scale": tiny_chain_msdnet, "resnet": tiny_resnet, "vgg"
 
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
 def test_without_partition_every_exit_counts_the_same_in_every_layer(make):
-    plain, balanced = balanced_pair(make, beta=None)
+    plain, balanced = balanced_pair(make, beta="joint")
     each = exit_gradients(plain, images(6).double())
     found = gradients(task_of(balanced)(images(6).double(), LABELS)["loss"], balanced)
     for name, gradient in found.items():
@@ -406,7 +406,7 @@ def test_without_partition_every_exit_counts_the_same_in_every_layer(make):
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("exit_index", range(3))
 def test_without_partition_one_exits_contribution_to_the_stem_is_one_in_three(make, exit_index):
-    plain, balanced = balanced_pair(make, beta=None)
+    plain, balanced = balanced_pair(make, beta="joint")
     wanted = exit_gradients(plain, images(6).double())[exit_index]
     found = exit_gradients(balanced, images(6).double())[exit_index]
     first = next(name for name, _ in plain.named_parameters())
@@ -434,7 +434,7 @@ def test_vggs_partly_trained_features_are_balanced_too():
 
 def test_exits_are_balanced_where_msdnets_coarsest_scale_is_read():
     """As in the official code for GE: what deeper exits send back through finer scales is not scaled."""
-    plain, balanced = balanced_pair(tiny_msdnet, beta=None)
+    plain, balanced = balanced_pair(tiny_msdnet, beta="joint")
     each = exit_gradients(plain, images(6).double())
     found = exit_gradients(balanced, images(6).double())
     for name in (name for name in found[0] if not name.startswith("heads.")):
@@ -453,8 +453,8 @@ def test_heads_are_trained_as_without_equilibrium(make):
 
 
 def test_equilibrium_weighs_weighted_losses(make):
-    plain, balanced = balanced_pair(make, beta=None)
-    weighted = make(drop_rate=0.0, gradient_equilibrium=True, loss_weights=[1, 2, 4], beta=None).double().train()
+    plain, balanced = balanced_pair(make, beta="joint")
+    weighted = make(drop_rate=0.0, gradient_equilibrium=True, loss_weights=[1, 2, 4], beta="joint").double().train()
     weighted.load_state_dict(plain.state_dict())
     each = exit_gradients(balanced, images(6).double())
     found = gradients(task_of(weighted)(images(6).double(), LABELS)["loss"], weighted)

@@ -78,7 +78,7 @@ TRAINED = {
     "head scale and bias": ("--head-init-scale", "0.5", "--head-init-bias", "0.1"),
     "layer decay": ("--layer-decay", "0.8", "--opt", "adamw"),
     "checkpointing": ("--grad-checkpointing",),
-    "joint": model_kwargs(beta=None),
+    "joint": model_kwargs(beta="joint"),
     "weights": model_kwargs(loss_weights="(1,0.5,1)"),
     "distillation": model_kwargs(distill_weight=0.3, distill_feature_weight=0.03),
     "equilibrium": model_kwargs(gradient_equilibrium=True),
@@ -190,6 +190,6 @@ def test_timms_own_validation_runs_with_the_plugin(pictures, tmp_path):
 
 
 def test_the_model_of_a_run_is_the_one_its_arguments_say(pictures, tmp_path):
-    trained = train(pictures, tmp_path, *model_kwargs(beta=None))
-    model = timm.create_model("dfs_msdnet_cifar100", num_classes=3, beta=None, **NETWORK)
+    trained = train(pictures, tmp_path, *model_kwargs(beta="joint"))
+    model = timm.create_model("dfs_msdnet_cifar100", num_classes=3, beta="joint", **NETWORK)
     model.load_state_dict(trained["state_dict"])

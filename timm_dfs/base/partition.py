@@ -8,20 +8,25 @@ import torch.nn.functional as F
 from torch import nn
 
 JOINT = "joint"
-"""``beta=None`` as it travels through timm, and in a ``config.json``'s ``model_args``."""
+"""The ``beta`` of joint training, without partition. Classes take ``None`` for the same, but timm drops None."""
 
 REFERENCING = ("two_sided", "one_sided", "off")
 
 
-def check_beta(beta: float | None) -> None:
-    """Raise ``ValueError`` unless ``beta`` is ``None`` or a number in [0, 1]."""
-    if beta is None:
-        return
+def check_beta(beta: float | str | None) -> float | str:
+    """The partition ratio: a number in [0, 1], or :data:`JOINT`, also for ``None``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if beta is None or (isinstance(beta, str) and beta == JOINT):
+        return JOINT
     if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= beta <= 1:
         raise ValueError(
             f"beta is {beta!r}; give a number in [0, 1] (the share of channels deeper layers may train) "
-            "or None for joint training without partition."
+            f"or {JOINT!r} for joint training without partition."
         )
+    return beta  # type: ignore[return-value]
 
 
 def check_referencing(referencing: str) -> None:
@@ -104,7 +109,7 @@ def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "A partition has no second derivatives (create_graph=True, as AdaHessian wants): take another optimizer, "
-            "or beta=None."
+            "or beta='joint'."
         )
 
 
@@ -187,7 +192,7 @@ class Partition(nn.Module):
 
     Args:
         channels: Size C of the feature along ``dim``.
-        beta: Partition ratio in [0, 1]; ``None`` leaves the feature whole for both sides.
+        beta: Partition ratio in [0, 1]; ``"joint"`` leaves the feature whole for both sides.
         referencing: One of the values above.
         dim: Channel axis of the feature: 1 for NCHW, -1 for NHWC and token layouts.
         in_parts: Give the deeper layers a :class:`PartlyTrained` while gradients are recorded. For networks whose next
@@ -198,16 +203,20 @@ class Partition(nn.Module):
     """
 
     def __init__(
-        self, channels: int, beta: float | None, referencing: str = "two_sided", dim: int = 1, in_parts: bool = False
+        self,
+        channels: int,
+        beta: float | str | None,
+        referencing: str = "two_sided",
+        dim: int = 1,
+        in_parts: bool = False,
     ):
         super().__init__()
-        check_beta(beta)
+        self.beta = check_beta(beta)
         check_referencing(referencing)
-        self.beta = beta
         self.referencing = referencing
         self.dim = dim
         self.channels = channels
-        self.shared = channels if beta is None else round(beta * channels)
+        self.shared = channels if isinstance(self.beta, str) else round(self.beta * channels)
         self.in_parts = in_parts and self.shared <= MOST_SHARED_IN_PARTS * channels
 
     def forward(self, feature: torch.Tensor, averaged: bool = False) -> tuple[Onward, torch.Tensor]:
@@ -223,7 +232,7 @@ class Partition(nn.Module):
                 f"This partition was built for {self.channels} channels on axis {self.dim}, "
                 f"but the feature's shape is {tuple(feature.shape)}."
             )
-        if self.beta is None:
+        if self.beta == JOINT:
             return feature, feature
         if self.referencing == "off":
             shared, own = torch.split(feature, [self.shared, self.channels - self.shared], self.dim)

@@ -17,6 +17,7 @@ from timm.models import is_model_pretrained
 from ..base.model import MultiExitModel
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
+from ..pretrained.sources import PREFIXES, check_named
 from ..training.run import read_run
 
 app = typer.Typer(
@@ -38,7 +39,6 @@ ModelKwargs = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DEFAULT_PRESET = "balanced"
-SOURCES = ("hf-hub:", "local-dir:")
 
 
 def one_line_errors(command: Callable) -> Callable:
@@ -71,10 +71,11 @@ def create(
             raise ValueError(f"Both {name} and --checkpoint {checkpoint} are given; give one checkpoint.")
         name, checkpoint, kwargs = run.model, Path(name), run.model_args
     kwargs.update(_parse(model_kwargs or []))
-    ours = name.startswith(SOURCES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
+    ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
     if not ours:
         raise ValueError(f"There is no model {name!r}; 'timm-dfs list' shows those there are.")
     overlay = dict(file=str(checkpoint)) if checkpoint else None
+    check_named(name)
     try:
         model = timm.create_model(
             name, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay, **kwargs
@@ -92,7 +93,7 @@ def create(
 
 def has_weights(name: str) -> bool:
     """Whether a model of that name, or a checkpoint, comes with trained exits."""
-    return Path(name).is_file() or name.startswith(SOURCES) or is_model_pretrained(name)
+    return Path(name).is_file() or name.startswith(PREFIXES) or is_model_pretrained(name)
 
 
 def _parse(pairs: list[str]) -> dict[str, Any]:

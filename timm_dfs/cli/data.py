@@ -78,7 +78,7 @@ def show_conflict(
     plot: Annotated[Path | None, typer.Option(help="File for a heat map, layers by pairs of exits.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How far the exits pull the weights they share apart. --model-kwargs beta=None: as joint training would."""
+    """How far the exits pull the weights they share apart. --model-kwargs beta=joint: as joint training would."""
     where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers, samples=batches * batch_size)

@@ -9,7 +9,6 @@ import jinja2
 import yaml
 from huggingface_hub import ModelCardData
 
-from ..base.partition import JOINT
 from ..pretrained.packaged import CONFIG_FILE
 from . import curve
 from .folder import CARD_FILE, CURVE_FILE, RESULTS_FILE
@@ -107,13 +106,12 @@ def card(folder: Path) -> str:
     results, config = _read(folder)
     arguments, training, data = config["model_args"], results.get("training", {}), _data_set(results["dataset"])
     measured = results["test"].get("presets", {})
-    beta = arguments["beta"]
     exits = _exits(results)
     return _TEMPLATES.get_template("model_card.md").render(
         metadata=yaml.safe_dump(metadata(folder), sort_keys=False, allow_unicode=True),
         name=results["model"],
         exits=exits,
-        beta=None if beta == JOINT else beta,
+        beta=arguments["beta"],
         referencing=arguments["referencing"],
         training=training,
         how=_how_trained(training),

@@ -13,7 +13,10 @@ from timm.models._hub import save_config_for_hf
 
 from ..base.evaluating import evaluating
 from ..base.model import MultiExitModel
+from ..base.presets import presets_as_json
+from ..pretrained.checks import check_presets
 from ..pretrained.packaged import CONFIG_FILE, WEIGHTS_FILE
+from ..pretrained.sources import check_named
 
 RESULTS_FILE = "results.json"
 
@@ -28,6 +31,7 @@ def load(name: str, **kwargs: Any) -> MultiExitModel:
     Raises:
         ValueError: If the network has no exits.
     """
+    check_named(name, kwargs.get("cache_dir"))
     model = timm.create_model(name, pretrained=True, **kwargs)
     if not isinstance(model, MultiExitModel):
         raise ValueError(f"{name} is a network without exits.")
@@ -42,6 +46,7 @@ def full_name(model: MultiExitModel) -> str:
 
 def write_weights(model: MultiExitModel, folder: Path) -> None:
     """Write a model's weights in half precision, and the config timm rebuilds it from, presets included."""
+    check_presets(model.presets, model.num_exits)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for key, value in model.state_dict().items():
@@ -71,7 +76,7 @@ def golden_logits(model: MultiExitModel) -> list[list[list[float]]]:
         return torch.stack(model.forward_exits(golden_batch(model)))[:, :, :5].tolist()
 
 
-def write_presets(model: MultiExitModel, folder: Path) -> None:
+def write_presets(model: MultiExitModel, folder: str | Path) -> None:
     """Write a model's presets into the ``config.json`` beside its weights, or into a new folder with both.
 
     The file, or the folder, is written under another name and renamed: it is there whole or not at all.
@@ -83,6 +88,8 @@ def write_presets(model: MultiExitModel, folder: Path) -> None:
     Raises:
         ValueError: If the folder holds other weights, or no model.
     """
+    folder = Path(folder)
+    check_presets(model.presets, model.num_exits)
     if not folder.exists():
         new = folder.with_name(f".{folder.name}.new")
         save_for_hf(model, str(new), safe_serialization=True)
@@ -90,7 +97,7 @@ def write_presets(model: MultiExitModel, folder: Path) -> None:
         return
     _check_same(model, folder)
     config = json.loads((folder / CONFIG_FILE).read_text())
-    config.setdefault("model_args", {})["presets"] = model.presets
+    config.setdefault("model_args", {})["presets"] = presets_as_json(model.presets)
     new = folder / f".{CONFIG_FILE}.new"
     new.write_text(json.dumps(config, indent=2, allow_nan=False))
     os.replace(new, folder / CONFIG_FILE)

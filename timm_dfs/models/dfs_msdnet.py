@@ -89,7 +89,7 @@ class MSDNet(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier (0.5 in the official DFS code).
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"one_sided"`` (official), ``"two_sided"`` or ``"off"``.
         exits: Number of exits [nBlocks].
         base: Layers before the first exit [base].
@@ -121,7 +121,7 @@ class MSDNet(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.5,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "one_sided",
         exits: int = 7,
         base: int = 4,

@@ -5,24 +5,21 @@ A twin is :class:`timm_dfs.MultiExit` around timm's model. Keyword arguments tha
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_dict, register_model
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._registry import _model_default_cfgs
+from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_dict
 
 from ..base.objective import take_settings
-from ..base.partition import JOINT
-from ..pretrained.checks import check_presets, fit_checkpoint
-from ..pretrained.packaged import WEIGHTS_FILE, packaged_file, packaged_folder, packaged_model_args, packaged_names
-from ..pretrained.sources import find_trained
+from ..pretrained.checks import fit_checkpoint, settle_presets
+from ..pretrained.packaged import packaged_file, packaged_names
+from ..pretrained.sources import resolve
 from ..wrapped.exit_points import stages
 from ..wrapped.multi_exit import MultiExit
 from ..wrapped.with_classifier import WithClassifier, is_encoder
+from ._registry import architectures, copied, default_cfg_of, register_models
 
 PREFIX = "dfs_"
 
@@ -32,30 +29,51 @@ EXITS = 4
 _OURS = ("exits", "beta", "referencing", "head", "exit_drop_rate", "presets")
 
 
-def _without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
-    """What images the base wants; the twin has no trained exits."""
-    return replace(cfg, url=None, file=None, state_dict=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False)
+_NO_WEIGHTS: dict[str, Any] = dict(
+    url=None, file=None, state_dict=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False
+)
+
+
+class Entrypoint:
+    """timm's entrypoint of the twin of one architecture, :func:`create_twin`.
+
+    Args:
+        base: timm's name of the architecture.
+    """
+
+    __slots__ = ("base",)
+
+    def __init__(self, base: str):
+        self.base = base
+
+    @property
+    def __name__(self) -> str:
+        return PREFIX + self.base
+
+    def __call__(self, pretrained: bool = False, **kwargs: Any) -> MultiExit:
+        return create_twin(self.base, pretrained, **kwargs)
 
 
 def _default_cfg(base: str) -> DefaultCfg:
-    """The base's configs under the twin's name, with the weights that came with this installation, if any did."""
-    ours = packaged_folder(PREFIX + base) if PREFIX + base in _PACKAGED else None
-    known: Any = _model_default_cfgs.get(base)
-    cfgs = {tag: _without_weights(cfg) for tag, cfg in known.cfgs.items()} if known else {"": PretrainedCfg()}
-    tags = deque(known.tags) if known else deque([""])
-    if ours is not None:
-        cfgs[tags[0]] = replace(cfgs[tags[0]], file=str(ours / WEIGHTS_FILE))
-    return DefaultCfg(tags=tags, cfgs=cfgs, is_pretrained=ours is not None)
+    """The base's configs under the twin's name: the images that they say are the twin's, the weights are not."""
+    known = default_cfg_of(base) or DefaultCfg(deque([""]), {"": PretrainedCfg()})
+    name = PREFIX + base
+    cfgs = {tag: copied(cfg, **_NO_WEIGHTS, architecture=name, tag=tag or None) for tag, cfg in known.cfgs.items()}
+    return DefaultCfg(known.tags.copy(), cfgs)
 
 
-def _entrypoint(base: str) -> Callable[..., MultiExit]:
-    def create(pretrained: bool = False, **kwargs: Any) -> MultiExit:
-        return create_twin(base, pretrained, **kwargs)
-
-    create.__name__ = create.__qualname__ = PREFIX + base
-    create.__doc__ = f"timm's {base} with partitioned exits, see :class:`timm_dfs.MultiExit`."
-    create.__module__ = __name__
-    return create
+def _add_packaged(default_cfgs: dict[str, DefaultCfg]) -> None:
+    """Add the weights that came with this installation, under the default tag or one of their own."""
+    for packaged in sorted(packaged_names()):
+        name, _, tag = packaged.partition(".")
+        if (default := default_cfgs.get(name)) is None:
+            continue
+        if tag and tag not in default.cfgs:
+            default.tags.append(tag)
+        tag = tag or default.tags[0]
+        cfg = default.cfgs.get(tag, default.default)
+        default.cfgs[tag] = copied(cfg, tag=tag or None, file=str(packaged_file(packaged)))
+        default.is_pretrained = True
 
 
 def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit:
@@ -72,37 +90,32 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         ValueError: If an exit cannot be where it is wanted, or weights do not fit.
     """
     name = PREFIX + base
-    if kwargs.pop("features_only", False):
-        return timm.create_model(  # type: ignore[return-value]
-            base, pretrained=pretrained, features_only=True, **_bases_own(kwargs)
-        )
+    features_only = kwargs.pop("features_only", False)
     given_cfg, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    cfg = resolve_pretrained_cfg(name, given_cfg, overlay)
-    tag = given_cfg if isinstance(given_cfg, str) else None
-    if pretrained and (
-        found := find_trained(name, cfg, overlay, packaged_file(name), _num_exits, kwargs.get("cache_dir"))
-    ):
-        overlay = {**(overlay or {}), **found.overlay}
-        kwargs = {**found.model_args, "pretrained_model_args": found.model_args, **kwargs}
-        cfg = resolve_pretrained_cfg(name, given_cfg, overlay)
-    trained = (cfg.hf_hub_id if cfg.source == "hf-hub" else None) or cfg.state_dict or cfg.file or cfg.url
-    if pretrained and trained:
-        if packaged := packaged_model_args(cfg.file):
-            kwargs = {**packaged, "pretrained_model_args": packaged, **kwargs}
+    weights = resolve(name, given_cfg, overlay, pretrained, _num_exits, kwargs.get("cache_dir"))
+    cfg, kwargs = weights.cfg, weights.complete(kwargs)
     trained_args = kwargs.pop("pretrained_model_args", None) or {}
     objective, kwargs = take_settings(kwargs)
-    exit_args = {key: kwargs.pop(key) for key in _OURS if key in kwargs}
-    if exit_args.get("beta") == JOINT:
-        exit_args["beta"] = None
-    exit_args["drop_rate"] = exit_args.pop("exit_drop_rate", kwargs.get("drop_rate", 0.0))
-    from_base = pretrained and not trained
     base_overlay = {key: value for key, value in cfg.to_dict().items() if key not in (*_SOURCE, *_OF_TWIN)}
+    if features_only:
+        _refuse_features_of_twin(name, base, weights.source if pretrained else "")
+        kwargs = {key: value for key, value in kwargs.items() if key not in _OURS}
+        return timm.create_model(  # type: ignore[return-value]
+            _tagged(base, cfg, pretrained),
+            pretrained,
+            pretrained_cfg_overlay=base_overlay,
+            features_only=True,
+            **kwargs,
+        )
+    exit_args = {key: kwargs.pop(key) for key in _OURS if key in kwargs}
+    exit_args["drop_rate"] = exit_args.pop("exit_drop_rate", kwargs.get("drop_rate", 0.0))
+    from_base = pretrained and not weights.source
     state_dict = _weights(cfg) if pretrained else None
     if state_dict and not _has_exits(state_dict):
         from_base = True
         base_overlay.update(_fitting(state_dict, cfg, overlay or {}, kwargs))
     backbone: Any = timm.create_model(
-        f"{base}.{tag}" if tag and from_base else base,
+        _tagged(base, cfg, from_base),
         pretrained=from_base,
         pretrained_cfg_overlay=base_overlay,
         **kwargs,
@@ -131,7 +144,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             in_chans=model.in_chans,
             filter_fn=lambda weights, model: _checked(weights, model, config),
         )
-    check_presets(model, trained_args)
+    settle_presets(model, trained_args)
     model.train_for(objective)
     return model
 
@@ -141,17 +154,24 @@ def _num_exits(model_args: dict[str, Any]) -> int | None:
     return len(exits) + 1 if isinstance(exits, (list, tuple)) else exits
 
 
-def _bases_own(kwargs: dict[str, Any]) -> dict[str, Any]:
-    _, rest = take_settings(kwargs)
-    return {
-        key: value for key, value in rest.items() if key not in (*_OURS, "pretrained_cfg", "pretrained_cfg_overlay")
-    }
+def _tagged(base: str, cfg: PretrainedCfg, pretrained: bool) -> str:
+    """The base's name, with the tag of its own weights where those are loaded."""
+    return f"{base}.{cfg.tag}" if cfg.tag and pretrained else base
+
+
+def _refuse_features_of_twin(name: str, base: str, source: str) -> None:
+    if source:
+        raise ValueError(
+            f"features_only of {name} gives the features of timm's {base} with its own weights, not with those from "
+            f"{source}; leave out features_only and call forward_intermediates, or use pretrained=False."
+        )
 
 
 def _config(cfg: PretrainedCfg, model: MultiExit) -> dict[str, Any]:
     """The base's config, with the twin's source of weights and the names that its parameters have."""
     config = {key: value for key, value in model.pretrained_cfg.items() if key not in _SOURCE}
-    config.update((key, value) for key, value in cfg.to_dict().items() if key in (*_SOURCE, "architecture", "tag"))
+    config.update((key, value) for key, value in cfg.to_dict().items() if key in _SOURCE)
+    config.update(architecture=cfg.architecture, tag=cfg.tag)
     classifiers, first_convs = (_names(config.get(key)) for key in ("classifier", "first_conv"))
     config["classifier"] = (*(f"heads.{k}.fc" for k in range(len(model.heads))), *classifiers)
     config["first_conv"] = first_convs
@@ -222,12 +242,17 @@ def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-BASES = tuple(name for name in timm.list_models() if not name.startswith(PREFIX))
+BASES = tuple(name for name in architectures() if not name.startswith(PREFIX))
 """timm's architectures."""
-
-_PACKAGED = packaged_names()  # once: to look for each folder is a quarter of the import
 
 default_cfgs = {PREFIX + base: _default_cfg(base) for base in BASES}
 
-for _base in BASES:
-    globals()[PREFIX + _base] = register_model(_entrypoint(_base))
+_add_packaged(default_cfgs)
+
+_entrypoints = {PREFIX + base: Entrypoint(base) for base in BASES}
+
+register_models("dfs_twins", _entrypoints, default_cfgs)
+
+globals().update(_entrypoints)  # as timm's modules have them
+
+__all__ = list(_entrypoints)

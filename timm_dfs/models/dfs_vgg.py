@@ -45,7 +45,7 @@ class ExitVGG(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"`` (official), ``"one_sided"`` or ``"off"``.
         depths: Convolutions in each block.
         widths: Channels of each block.
@@ -65,7 +65,7 @@ class ExitVGG(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "two_sided",
         depths: Sequence[int] = (2, 2, 2),
         widths: Sequence[int] = (64, 128, 256),

@@ -57,9 +57,7 @@ def read_run(file: Path) -> TrainingRun:
     given.update(args.get("model_kwargs") or {})
     return TrainingRun(
         model=name,
-        model_args={
-            key: value for key, value in given.items() if key not in SETTINGS and (value is not None or key == "beta")
-        },
+        model_args={key: value for key, value in given.items() if key not in SETTINGS and value is not None},
         dataset={key: args.get(key) for key in ("dataset", "data_dir", "val_split", "input_key", "target_key")},
         epoch=int(checkpoint.get("epoch", 0)),
     )

@@ -30,7 +30,7 @@ class MultiExit(MultiExitModel):
         backbone: A model of timm's, with its weights.
         exits: How many exits, the last included, evenly spread over the backbone's stages; or the names of the modules
             after which the early exits go, shallow to deep.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
         head: ``"auto"``, ``"linear"`` or ``"conv"``, see :func:`timm_dfs.feature_heads.feature_head`.
         drop_rate: Dropout before the early exits' classifiers.
@@ -45,7 +45,7 @@ class MultiExit(MultiExitModel):
         self,
         backbone: nn.Module,
         exits: int | Sequence[str] = 4,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "two_sided",
         head: str = "auto",
         drop_rate: float = 0.0,

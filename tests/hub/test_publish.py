@@ -171,7 +171,7 @@ def preset(**changes):
     [
         (without("model.safetensors"), "no model.safetensors"),
         (without("curve.svg"), "no curve.svg"),
-        (lambda folder: (folder / "README.md").write_text("all new"), "README.md in .* are not what its results make"),
+        (lambda folder: (folder / "README.md").write_text("all new"), "README.md in .* do not match its results"),
         (another_tensor, "golden logits"),
         (of_config(lambda config: config.update(architecture="dfs_resnet18_cifar100")), "dfs_resnet18_cifar100"),
         (of_config(lambda config: config["model_args"].update(depths=[1, 1])), "2 exits"),

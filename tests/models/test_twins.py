@@ -224,7 +224,7 @@ def test_a_train_scripts_checkpoint_path_takes_both(trained, base):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"foo.weight": torch.ones(1)}, tmp_path / "foo.pth")
-    with pytest.raises(ValueError, match=r"foo.pth are none of dfs_test_resnet's or test_resnet's"):
+    with pytest.raises(ValueError, match=r"foo.pth are neither dfs_test_resnet's nor test_resnet's"):
         loaded(tmp_path / "foo.pth")
     with pytest.raises(FileNotFoundError):
         loaded(tmp_path / "absent.pth")

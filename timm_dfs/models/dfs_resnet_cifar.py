@@ -62,11 +62,11 @@ class ExitResNetCifar(MultiExitModel):
         layers: Blocks in each stage.
         channels: Width of each stage.
         presets: Named operating points fitted to these weights.
-        device: Where to make the parameters.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: If a value is outside what is said above.
+        ValueError: If an argument is not among the values above.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ _OFFICIAL_CLASSIFIER = re.compile(r"fc(\d+)\.(.+)")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ExitResNetCifar) -> dict[str, torch.Tensor]:
-    """Rename the keys of an official checkpoint to ours; a state dict of ours passes unchanged.
+    """Rename the keys of an official checkpoint to this package's; other state dicts pass unchanged.
 
     The official adaptation layers serve feature distillation only and are left out.
     """

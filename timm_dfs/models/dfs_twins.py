@@ -1,4 +1,4 @@
-"""A twin with exits of every architecture that timm has: ``dfs_resnet50``, ``dfs_vit_small_patch16_224``, …
+"""Twins with exits of all of timm's architectures: ``dfs_resnet50``, ``dfs_vit_small_patch16_224``, …
 
 A twin is :class:`timm_dfs.MultiExit` around timm's model. Keyword arguments that are not about exits go to the model.
 """
@@ -24,7 +24,7 @@ from ._registry import architectures, copied, default_cfg_of, register_models
 PREFIX = "dfs_"
 
 EXITS = 4
-"""Exits of a twin, the last included, or as many as there are stages."""
+"""Default number of exits of a twin, the last included; fewer if the base has fewer stages."""
 
 _OURS = ("exits", "beta", "referencing", "head", "exit_drop_rate", "presets")
 
@@ -87,7 +87,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             :class:`timm_dfs.MultiExit`'s; the settings of :class:`timm_dfs.Objective`; the rest is the base's.
 
     Raises:
-        ValueError: If an exit cannot be where it is wanted, or weights do not fit.
+        ValueError: If a module cannot be an exit point, or weights do not fit.
     """
     name = PREFIX + base
     features_only = kwargs.pop("features_only", False)
@@ -123,7 +123,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     if is_encoder(backbone):
         backbone = WithClassifier(backbone, kwargs.get("num_classes", 0))
     if from_base and state_dict and not _fingerprints(state_dict) & _fingerprints(backbone.state_dict()):
-        raise ValueError(f"The weights from {cfg.file or 'the given state dict'} are none of {name}'s or {base}'s.")
+        raise ValueError(f"The weights from {weights.source} are neither {name}'s nor {base}'s; give one of theirs.")
     if "img_size" in kwargs:
         backbone.pretrained_cfg["input_size"] = (3, *to_2tuple(kwargs["img_size"]))
     exits = exit_args.pop("exits", min(EXITS, len(stages(backbone))))
@@ -188,7 +188,7 @@ def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _weights(cfg: PretrainedCfg) -> dict[str, Any] | None:
-    """Those at hand: a published model's are its own, exits included."""
+    """The state dict at hand, of the twin or the base; None for a published model, which has its exits."""
     if cfg.source in ("hf-hub", "local-dir"):
         return None
     return cfg.state_dict or (load_state_dict(str(cfg.file)) if cfg.file else None)
@@ -201,14 +201,14 @@ def _has_exits(state_dict: dict[str, Any]) -> bool:
 
 
 def _fingerprints(state_dict: dict[str, Any]) -> set[tuple[int, float]]:
-    """What tells whether weights are the same, whatever they are called: timm renames, and ignores what is foreign."""
+    """Fingerprints that identify weights under any name: timm renames keys, and ignores unknown ones."""
     return {(value.numel(), round(value.double().sum().item(), 3)) for value in state_dict.values() if value.ndim > 1}
 
 
 def _fitting(
     state_dict: dict[str, Any], cfg: PretrainedCfg, overlay: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The overlay for the base's weights in a file: its own classes, where they are the wanted ones, are kept."""
+    """The overlay for loading the base's weights from a file; the classifier is kept if it has the wanted classes."""
     classifier = state_dict.get(f"{cfg.classifier}.weight")
     wanted = kwargs.get("num_classes")
     if classifier is not None and len(classifier) == wanted and overlay.get("num_classes", wanted) > 0:
@@ -224,7 +224,7 @@ def _checked(state_dict: dict[str, Any], model: MultiExit, config: dict[str, Any
 
 
 def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the official ViT wrapper; of a block that it has twice, ``blocks.*`` is the one it runs."""
+    """Rename the keys of the official ViT wrapper. It holds some blocks twice, and runs those called ``blocks.*``."""
     renamed: dict[str, Any] = {}
     for key, value in state_dict.items():
         if key.startswith("backbone_model."):

@@ -23,7 +23,7 @@ __all__ = ["ExitVGG"]
 
 
 class Stage(nn.Module):
-    """What lies between two exits: convolution, ReLU, batch norm, and a max-pool at the end of a block."""
+    """The layers between two exits: convolution, ReLU, batch norm, and a max-pool at the end of a block."""
 
     def __init__(self, channels: int, width: int, bias: bool, pool: bool, **dd):
         super().__init__()
@@ -50,11 +50,11 @@ class ExitVGG(MultiExitModel):
         depths: Convolutions in each block.
         widths: Channels of each block.
         presets: Named operating points fitted to these weights.
-        device: Where to make the parameters.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: If a value is outside what is said above.
+        ValueError: If an argument is not among the values above.
     """
 
     takes_parts = True
@@ -114,10 +114,10 @@ class ExitVGG(MultiExitModel):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ExitVGG) -> dict[str, torch.Tensor]:
-    """Rename the keys of an official checkpoint to ours; a state dict of ours passes unchanged.
+    """Rename the keys of an official checkpoint to this package's; other state dicts pass unchanged.
 
     The official code keeps the two parts of a convolution's input channels in two weights, ``conv_p`` for the
-    shared part and ``conv_s`` for the exit's own (``fc_p`` and ``fc_s`` in the classifiers); ours is one weight.
+    shared part and ``conv_s`` for the exit's own (``fc_p`` and ``fc_s`` in the classifiers); here they are one weight.
     Its adaptation layers serve feature distillation only and are left out.
     """
     if not any(key.startswith("feature_extractors.") for key in state_dict):

@@ -60,7 +60,7 @@ class MultiExit(MultiExitModel):
         self,
         backbone: nn.Module,
         exits: int | Sequence[str] | None = None,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "two_sided",
         head: str = "auto",
         drop_rate: float = 0.0,

@@ -322,10 +322,12 @@ def held_out(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:Exits .* chance")
 def test_calibrate_fits_presets_and_writes_them_into_a_folder_that_loads(training_run, held_out, tmp_path):
     folder = tmp_path / "calibrated"
-    data = run_json("calibrate", training_run, *held_out, "--budget", 0.7, "--loss", 30, "--output", folder)
+    data = run_json(
+        "calibrate", training_run, *held_out, "--budget", 0.7, "--max-accuracy-drop", 30, "--output", folder
+    )
     presets = data["presets"]
     budget = 0.7 * data["last_exit"]["alone"]
-    assert list(presets) == ["accurate", "balanced", "fast", f"{budget / 1e6:g}M", "loss-30"]
+    assert list(presets) == ["accurate", "balanced", "fast", f"{budget / 1e6:g}M", "drop-30"]
     assert presets[f"{budget / 1e6:g}M"]["average_flops"] <= budget
     for preset in presets.values():
         assert preset["fitted_on"]["split"] == "train" and preset["fitted_on"]["samples"] == data["samples"] == 40
@@ -337,15 +339,15 @@ def test_calibrate_fits_presets_and_writes_them_into_a_folder_that_loads(trainin
 
 
 @pytest.mark.filterwarnings("ignore:Exits .* chance")
-def test_calibrate_bounds_the_loss_on_the_other_half(training_run, held_out):
-    args = "calibrate", training_run, *held_out, "--confidence", 0.8, "--by", "margin"
+def test_calibrate_bounds_the_drop_on_the_other_half(training_run, held_out):
+    args = "calibrate", training_run, *held_out, "--confidence-level", 0.8, "--by", "margin"
     data = run_json(*args)
     assert data["samples"] == data["samples_bounded_on"] == 20
     for preset in data["presets"].values():
-        assert preset["risk"]["confidence"] == 0.8 and preset["risk"]["samples"] == 20
+        assert preset["risk"]["confidence_level"] == 0.8 and preset["risk"]["samples"] == 20
         assert preset["confidence"] == "margin"
     shown = run(*args).stdout
-    assert "balanced" in shown and "loss at most" in " ".join(shown.split())
+    assert "balanced" in shown and "drop at most" in " ".join(shown.split())
 
 
 @pytest.mark.filterwarnings("ignore:Exits .* chance")
@@ -356,8 +358,8 @@ def test_calibrate_bounds_the_loss_on_the_other_half(training_run, held_out):
         (("--split", "test[:4]"), ("test[:4]",)),
         (("--budget", 1e-9), ("budget", "first exit")),
         (("--budget", 1e12), ("1e+12", "last")),
-        (("--loss", -1), ("loss is -1",)),
-        (("--confidence", 95), ("confidence is 95",)),
+        (("--max-accuracy-drop", -1), ("max_accuracy_drop is -1",)),
+        (("--confidence-level", 95), ("confidence_level is 95",)),
         (("--by", "surprise"), ("surprise", "max_prob")),
         (("--output", "absent/folder"), ("absent",)),
     ],
@@ -371,7 +373,7 @@ def test_calibrate_refuses_options_before_it_reads_the_data(training_run, held_o
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--confidence", 0.95, "--loss", 0.1), "20 samples cannot show"),
+        (("--confidence-level", 0.95, "--max-accuracy-drop", 0.1), "20 samples cannot show"),
         (("--split", "train[:2]"), "2 validation samples for 3 exits"),
     ],
     ids=str,

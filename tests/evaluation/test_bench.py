@@ -22,7 +22,7 @@ def timed(model, policies, batch_sizes=(2,), count=8, size=16):
 
 
 def test_every_way_is_timed_at_every_batch_size(model):
-    timings = timed(model, dict(never=ExitPolicy([2.0, 2.0, 0.0])), (1, 4))
+    timings = timed(model, dict(never=ExitPolicy([None, None, 0.0])), (1, 4))
     ways = [LAST_EXIT, "exit 0 alone", "exit 1 alone", "never"]
     assert [(t.batch_size, t.way) for t in timings] == [(size, way) for size in (1, 4) for way in ways]
     for t in timings:
@@ -38,7 +38,7 @@ def test_the_last_exit_alone_is_measured_against_itself(model):
 def test_a_policys_cost_is_of_the_heads_that_it_computes(model):
     full, size = last_exit_flops(model, (3, 16, 16)), (3, 16, 16)
     ratios = {t.way: t.cost_ratio for t in timed(model, dict(
-        never=ExitPolicy([2.0, 2.0, 0.0]), first=ExitPolicy([0.0, 2.0, 0.0]), second=ExitPolicy([None, 0.0, 0.0]),
+        never=ExitPolicy([None, None, 0.0]), first=ExitPolicy([0.0, None, 0.0]), second=ExitPolicy([None, 0.0, 0.0]),
     ))}  # fmt: skip
     assert ratios["never"] == 1
     assert ratios["first"] == pytest.approx(full / exit_flops(model, size, lazy=True)[0])

@@ -161,7 +161,7 @@ def test_without_validation_logits_there_is_no_curve(model, data):
 
 
 def test_samples_that_fixed_thresholds_are_not_measured_on(model, data):
-    with pytest.raises(ValueError, match="300 of the 300 test samples are among the validation samples"):
+    with pytest.raises(ValueError, match="300 of the 300 test samples are among those"):
         find(model, data[1], data[1])
 
 

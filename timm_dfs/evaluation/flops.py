@@ -19,11 +19,11 @@ FREE_OPERATORS = frozenset(
     f"aten::{name}"
     for name in """
     abs add add_ addcmul sub sub_ rsub mul mul_ div div_ neg pow sqrt rsqrt exp log sin cos ceil
-    sigmoid sigmoid_ tanh clamp clamp_ clamp_min
+    square sigmoid sigmoid_ tanh clamp clamp_ clamp_min
     relu relu_ relu6 hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ silu silu_ gelu elu
     leaky_relu leaky_relu_ softplus softmax log_softmax mean sum linalg_vector_norm max amax min amin argmax cumsum
     max_pool2d avg_pool1d avg_pool2d adaptive_max_pool2d
-    cat stack copy_ clone contiguous zeros zeros_like ones ones_like empty full full_like arange fill_
+    cat stack copy_ clone contiguous zeros zeros_like ones ones_like eye empty full full_like arange fill_
     index index_select gather where masked_fill roll pad constant_pad_nd repeat repeat_interleave expand expand_as
     reshape_as tile flip meshgrid one_hot unfold col2im
     feature_dropout dropout dropout_ im2col eq ne lt le gt ge bitwise_not logical_not detach alias lift_fresh

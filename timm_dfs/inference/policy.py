@@ -73,7 +73,7 @@ class ExitPolicy:
             warnings.warn(
                 f"No sample reaches the thresholds {', '.join(f'{value:g}' for value in unreachable)}: the confidence "
                 f"{self.confidence!r} is at most {self._highest} ({hint}). These exits are switched off; if that is "
-                "wanted, give None.",
+                "wanted, give None or infinity.",
                 stacklevel=3,
             )
 

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 import timm_dfs
 from timm_dfs.cli import app
+from timm_dfs.cli.bench import HALF
+from timm_dfs.evaluation.bench import Timing
 from timm_dfs.models.dfs_twins import BASES
 
 VGG_THRESHOLDS = "0.5,0.5,0.5,0.5,0.5,0"
@@ -411,9 +413,22 @@ def test_bench_times_every_way_on_noise():
     assert [(t["batch_size"], t["way"]) for t in data["timings"]] == [(size, way) for size in (1, 2) for way in ways]
     assert data["images"] == "noise" and data["input_size"] == [3, 32, 32] and data["fused"]
     result = run("bench", "dfs_vgg7_cifar100", *QUICK)
-    assert result.exit_code == 0 and "batch 1" in result.stdout and "achieved" in result.stdout
+    assert result.exit_code == 0 and "batch 1, n = 5 batches" in result.stdout and "achieved" in result.stdout
     data = run_json("bench", "dfs_vgg7_cifar100", "--seconds", 0, "--batch-size", 2)
     assert data["timings"][-1]["way"] == "half the cost, exits 0 and 2"
+
+
+def test_bench_says_where_early_exit_is_slower_and_where_its_slowest_batches_are(monkeypatch):
+    def timing(way, batch_size, speedup, p95):
+        return Timing(way, batch_size, 9.0, 1.0, p95, None, speedup, 1.0, speedup, 30)
+
+    made_up = [timing("last exit alone", 1, 1.0, 4.0), timing("exit 0 alone", 1, 0.5, 9.0), timing(HALF, 1, 1.5, 4.1)]
+    made_up += [timing("last exit alone", 2, 1.0, None), timing(HALF, 2, 0.9, None)]
+    monkeypatch.setattr("timm_dfs.cli.bench.measure", lambda *args: made_up)
+    shown = " ".join(run("bench", "dfs_vgg7_cifar100", *QUICK).stdout.split())
+    assert f"A longer p95 than the last exit alone: {HALF} at batch 1." in shown
+    assert f"Slower than the last exit alone: {HALF} at batch 2." in shown
+    assert "None" not in shown
 
 
 def test_bench_takes_images_of_a_data_set_and_another_size(pictures):

@@ -149,9 +149,22 @@ class AddInPlace(nn.Module):
         return x
 
 
-def test_what_is_written_in_place_counts_for_later_exits_and_not_for_earlier_ones():
+class ChangePartInPlace(nn.Module):
+    """A body that changes a part of its input in place; to the tracer, parts may share memory with anything."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x):
+        rest, part = self.conv(x), x.split(3, 1)[0]
+        return torch.cat([part.add_(rest), x[:, 3:]], 1)
+
+
+@pytest.mark.parametrize("body", [AddInPlace, ChangePartInPlace])
+def test_what_is_written_in_place_counts_for_later_exits_and_not_for_earlier_ones(body):
     plain, model = tiny_vgg(depths=(1, 1)), tiny_vgg(depths=(1, 1))
-    model.stages[1] = nn.Sequential(AddInPlace(6), model.stages[1])
+    model.stages[1] = nn.Sequential(body(6), model.stages[1])
     extra = [a - b for a, b in zip(exit_flops(model, (3, 16, 16)), exit_flops(plain, (3, 16, 16)))]
     assert extra == [0, 16 * 16 * 6]
 
@@ -163,6 +176,11 @@ def test_the_network_is_traced_once(monkeypatch):
     assert costs.of_exits()[0] > costs.of_exits(lazy=True, heads=(0,))[0]
     costs.of_last_exit_alone()
     assert len(traces) == 1
+
+
+def test_a_compiled_network_is_counted_as_the_network_is():
+    model = tiny_msdnet()
+    assert exit_flops(torch.compile(model)) == exit_flops(model)
 
 
 @pytest.mark.parametrize("make", [tiny_msdnet, lambda: twin("NLC")], ids=["native", "twin"])

@@ -138,6 +138,7 @@ def budgeted_batch(
 
     Example:
         >>> import torch, timm_dfs
+        >>> _ = torch.manual_seed(0)
         >>> logits, targets = torch.randn(3, 200, 5).cumsum(0), torch.arange(200) % 5  # 3 exits, 200 samples, 5 classes
         >>> val, test = (logits[:, :100], targets[:100]), (logits[:, 100:], targets[100:])
         >>> curve = timm_dfs.budgeted_batch(val, test, flops=[10, 20, 40], points=20)

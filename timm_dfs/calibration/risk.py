@@ -43,6 +43,7 @@ def bound_risk(point: OperatingPoint, held_out: Data, confidence_level: float = 
 
     Example:
         >>> import torch, timm_dfs
+        >>> _ = torch.manual_seed(0)
         >>> logits, targets = torch.randn(2, 200, 3).cumsum(0), torch.arange(200) % 3  # 2 exits, 200 samples, 3 classes
         >>> logits += 4 * torch.nn.functional.one_hot(targets, 3)
         >>> val, held_out = (logits[:, :100], targets[:100]), (logits[:, 100:], targets[100:])
@@ -80,6 +81,7 @@ def control_risk(
 
     Example:
         >>> import torch, timm_dfs
+        >>> _ = torch.manual_seed(0)
         >>> logits, targets = torch.randn(2, 400, 3).cumsum(0), torch.arange(400) % 3  # 2 exits, 400 samples, 3 classes
         >>> logits += 4 * torch.nn.functional.one_hot(targets, 3)
         >>> val, held_out = (logits[:, :200], targets[:200]), (logits[:, 200:], targets[200:])

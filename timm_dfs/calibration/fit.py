@@ -6,6 +6,7 @@ A fitted point remembers its samples, so that measuring it on them can be refuse
 import math
 import warnings
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import torch
 
@@ -179,13 +180,13 @@ class Fitting:
     def frontier(self, points: int = 40) -> list[OperatingPoint]:
         """Points of falling cost, see :func:`timm_dfs.operating_frontier`."""
         if self.search is None:
-            return self._patient()
+            return self._patient
         return [self.point(self._policy(thresholds)) for thresholds in self.search.frontier(points)]
 
     def _best(self, value: Value, wanted: str) -> OperatingPoint:
         found: OperatingPoint | None = None
         if self.search is None:
-            points = self._patient()
+            points = self._patient
             done = torch.tensor([(point.accuracy, point.average_flops) for point in points], dtype=torch.float64)
             values = value(*done.unbind(1))
             found = points[int(values.argmax())] if values.max() > -math.inf else None
@@ -201,6 +202,7 @@ class Fitting:
     def _policy(self, thresholds: Sequence[float]) -> ExitPolicy:
         return ExitPolicy(thresholds, self.confidence, self.temperatures)
 
+    @cached_property
     def _patient(self) -> list[OperatingPoint]:
         """The points of every patience, from the most expensive; the first, of infinite patience, never exits early."""
         points = []

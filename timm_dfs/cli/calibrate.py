@@ -11,7 +11,7 @@ from ..calibration.presets import NAMED, fit_presets, halves
 from ..calibration.risk import check_confidence_level
 from ..calibration.seen import is_test
 from ..calibration.temperature import fit_temperatures
-from ..data.images import dataset_loader
+from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, collect_logits
 from ..evaluation.flops import Costs
 from ..hub.folder import write_presets

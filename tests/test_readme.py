@@ -15,7 +15,7 @@ from timm_dfs.cli import app
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import overview  # noqa: E402
+import overview
 
 README = (ROOT / "README.md").read_text()
 

@@ -18,7 +18,7 @@ import datasets
 import yaml
 
 import timm_dfs
-from timm_dfs.data.images import dataset_loader
+from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.machine import processor, threads
 from timm_dfs.hub import from_checkpoint as export
 from timm_dfs.training.run import read_run

@@ -9,7 +9,7 @@ import torch
 from helpers import ROOT, images, settled, tiny_vgg
 
 import timm_dfs
-from timm_dfs.data.images import dataset_loader
+from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.hub import card
 from timm_dfs.hub import folder as hub
 

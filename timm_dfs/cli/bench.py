@@ -8,7 +8,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from ..data.images import dataset_loader
+from ..data.datasets import dataset_loader
 from ..evaluation.bench import LAST_EXIT, Timing, exits_logits, halving_policy, measure
 from ..evaluation.machine import describe_machine
 from ..inference.fusion import fuse

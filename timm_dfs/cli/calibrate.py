@@ -10,7 +10,7 @@ from ..calibration.fit import check_budget, check_loss
 from ..calibration.presets import NAMED, fit_presets, halves
 from ..calibration.risk import check_confidence
 from ..calibration.temperature import fit_temperatures
-from ..data.images import dataset_loader
+from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, collect_logits
 from ..evaluation.flops import exit_flops, last_exit_flops
 from ..hub.folder import write_presets

@@ -7,7 +7,7 @@ import torch
 import typer
 
 from ..base.model import MultiExitModel
-from ..data.images import dataset_loader
+from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import collect_logits
 from ..hub.card import write_card
 from ..hub.folder import RESULTS_FILE

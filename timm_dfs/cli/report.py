@@ -8,7 +8,8 @@ import torch
 import typer
 
 from ..base.model import MultiExitModel
-from ..data.images import dataset_loader, labels_of
+from ..data.datasets import dataset_loader
+from ..data.images import labels_of
 from ..evaluation.accuracy import collect_logits
 from ..evaluation.bench import Timing, measure
 from ..inference.fusion import fuse

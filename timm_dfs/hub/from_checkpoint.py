@@ -17,6 +17,7 @@ from ..base.model import MultiExitModel
 from ..calibration.budgeted_batch import budgeted_batch
 from ..calibration.operating_point import OperatingPoint, measure_policy
 from ..calibration.presets import NAMED, fit_presets
+from ..data.datasets import follow_run
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
 from ..evaluation.flops import exit_flops, last_exit_flops
 from ..evaluation.machine import processor, threads
@@ -45,8 +46,10 @@ Split = tuple[torch.Tensor, torch.Tensor]
 
 
 def trained_model(run: TrainingRun, checkpoint: Path) -> MultiExitModel:
-    """The network of a checkpoint, with its weights."""
-    return hub.load(run.model, pretrained_cfg_overlay=dict(file=str(checkpoint)), **run.model_args)
+    """Model of a checkpoint, with its weights, image preparation and class names."""
+    model = hub.load(run.model, pretrained_cfg_overlay=dict(file=str(checkpoint)), **run.model_args)
+    follow_run(model, run)
+    return model
 
 
 def export(

@@ -59,7 +59,10 @@ def fit_checkpoint(state_dict: dict, model: MultiExitModel, config: dict, source
     Raises:
         ValueError: If keys are missing or unknown.
     """
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith("adapters.")}
+    # Adapters serve training only, and so do the norms of the augmented parts of a batch (train.py --split-bn).
+    state_dict = {
+        key: value for key, value in state_dict.items() if not key.startswith("adapters.") and ".aux_bn." not in key
+    }
     _check_keys(state_dict, model, source)
     classifier = state_dict.get(f"{config['classifier'][-1]}.weight")
     if classifier is not None and len(classifier) == model.num_classes and config["num_classes"] > 0:

@@ -52,7 +52,7 @@ def predict_images(
     if as_json:
         return print_json(dict(model=model_name, last_exit_alone=whole, images=predictions))
     for prediction in predictions:
-        table = make_table("exit", "answer", "confidence", "multiply-adds, M", title=prediction["image"])
+        table = make_table("exit", "prediction", "confidence", "multiply-adds, M", title=prediction["image"])
         for row in prediction["exits"]:
             table.add_row(
                 str(row["exit"]),
@@ -120,7 +120,7 @@ def run_demo(
     )
     if as_json:
         return print_json(data)
-    table = make_table("photograph", "is a", "answer", "exit", "confidence", "cost, M", "saved")
+    table = make_table("photograph", "is a", "prediction", "exit", "confidence", "cost, M", "saved")
     for row in data["photographs"]:
         table.add_row(
             row["image"],

@@ -53,7 +53,7 @@ FLAGS = {
     "image size": ("--img-size", "24"),
     "crop": ("--crop-pct", "0.5"),
     "interpolation": ("--interpolation", "nearest"),
-    "one channel": ("--in-chans", "1", "--mean", "0.5", "--std", "0.5"),
+    "one channel": ("--in-chans", "1", "--img-size", "32", "--mean", "0.5", "--std", "0.5"),
     "one channel by input size": ("--input-size", "1", "32", "32", "--mean", "0.5", "--std", "0.5"),
     "image mode": ("--input-img-mode", "HSV"),
     "pooling": ("--gp", "max"),

@@ -99,18 +99,18 @@ def _check_val_split(val_split: str | None, split: str) -> None:
         return
     if val_split == split or val_split.partition("[")[0] == "test":
         raise ValueError(
-            f"--val-split is {val_split}, the measured split {split}; fix thresholds on a third one, held out of "
-            "training, e.g. 'train[45000:]'."
+            f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that is neither "
+            "measured on nor test, held out of training, e.g. 'train[45000:]'."
         )
 
 
 def _check_presets(model: MultiExitModel, dataset: str, split: str) -> None:
-    """Raise ``ValueError`` if a preset was fitted on the split that is measured, as far as the model records it."""
+    """Presets are not measured on what they were fitted to, as far as the model says what that was."""
     for name, preset in model.presets.items():
         source = preset.get("fitted_on", {})
         if (source.get("dataset"), source.get("split")) == (dataset, split):
             raise ValueError(
-                f"The preset {name!r} was fitted on {split} of {dataset}; give another --split to measure it on."
+                f"The preset {name!r} was fitted on {split} of {dataset}, which would flatter it; give another --split."
             )
 
 

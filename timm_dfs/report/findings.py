@@ -170,6 +170,6 @@ def _refuse_shared(val_logits: torch.Tensor, test_logits: torch.Tensor) -> None:
     known = sum(row.tobytes() in seen for row in test_logits[-1].float().numpy())
     if known > test_logits.shape[1] / 100:
         raise ValueError(
-            f"{known} of the {test_logits.shape[1]} test samples are among the validation samples, which would "
-            "overstate the accuracy of the thresholds; give another validation split."
+            f"{known} of the {test_logits.shape[1]} test samples are among the validation samples, which would flatter "
+            "the thresholds; give another validation split."
         )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -66,6 +67,23 @@ def test_the_supported_versions_are_those_of_pyproject_and_ci():
 
     lowest = subprocess.run([ROOT / ".ci" / "constraints", "lowest"], capture_output=True, text=True, check=True)
     assert set(lowest.stdout.split()) == {f"torch=={bounds['torch']}", f"timm=={bounds['timm']}"}
+
+
+def test_the_site_links_names_that_its_page_documents():
+    hooks = runpy.run_path(str(ROOT / ".ci" / "mkdocs_hooks.py"))
+    page = '<h3 id="a.b">b</h3> :func:<code>~a.b</code> :class:<code>a.c</code>'
+    expected = '<h3 id="a.b">b</h3> <a href="#a.b"><code>b</code></a> <code>c</code>'
+    assert hooks["on_page_content"](page) == expected
+
+
+def test_the_site_shows_examples_as_code():
+    griffe = pytest.importorskip("griffe", reason="the site needs the docs extra")
+    code = 'def f():\n    """One.\n\n    Example:\n        >>> f()\n    """\n'
+    extensions = griffe.load_extensions(str(ROOT / ".ci" / "griffe_doctests.py"))
+    with griffe.temporary_pypackage("probe", {"__init__.py": code}) as package:
+        probe = griffe.load("probe", search_paths=[package.tmpdir], extensions=extensions)
+    sections = probe["f"].docstring.parse("google")
+    assert [section.kind.value for section in sections] == ["text", "examples"]
 
 
 def test_the_notebook_has_no_outputs():

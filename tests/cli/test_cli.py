@@ -113,7 +113,7 @@ def test_predict_shows_every_exit_and_which_one_answers(checkpoint, picture):
     assert first["saved"] > 0.9 > last["saved"]
     assert first["label"] == first["exits"][0]["label"] and last["label"] == last["exits"][5]["label"]
     shown = run(*args, "0,0,0,0,0,0").stdout
-    assert "exit 0 answers" in shown and first["label"] in shown
+    assert "exit 0 is taken" in shown and first["label"] in shown
 
 
 def test_eval_gives_every_exit_s_accuracy_and_cost(checkpoint, pictures):

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from timm.models import is_model_pretrained
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
 from ..base.model import MultiExitModel
 from ..data.datasets import follow_run
@@ -37,8 +37,8 @@ MULTIPLE = {"--model-kwargs": lambda text: "=" in text, "--mean": _is_number, "-
 """Options that take several values, as in ``train.py``, and what is a value of theirs."""
 
 
-class Commands(TyperGroup):
-    """Commands whose options in :data:`MULTIPLE` take several values."""
+class Command(TyperCommand):
+    """Command whose options in :data:`MULTIPLE` take several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, repeat_options(args))
@@ -60,7 +60,6 @@ def repeat_options(args: list[str]) -> list[str]:
 
 
 app = typer.Typer(
-    cls=Commands,
     help="Networks with exits for timm: list, inspect, try and evaluate them.",
     no_args_is_help=True,
     add_completion=False,
@@ -100,7 +99,7 @@ def one_line_errors(command: Callable) -> Callable:
 
 def command(name: str) -> Callable:
     """Register a command of the command line."""
-    return lambda function: app.command(name)(one_line_errors(function))
+    return lambda function: app.command(name, cls=Command)(one_line_errors(function))
 
 
 def create(
@@ -205,7 +204,7 @@ def saving(share: float) -> str:
 def make_table(*headers: str, title: str | None = None) -> Table:
     """A table whose columns of numbers (all but those with words) are flush right."""
     table = Table(title=title)
-    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "photograph", "is a"}
+    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "prediction", "photograph", "is a"}
     for header in headers:
         table.add_column(header, justify="left" if header in words else "right")
     return table

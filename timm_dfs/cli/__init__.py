@@ -1,6 +1,6 @@
 """The command line, ``timm-dfs``. Each file's commands register themselves."""
 
-from . import bench, calibrate, data, hub, images, models, report, scripts, space  # noqa: F401
+from . import bench, calibrate, data, export, hub, images, models, report, scripts, space  # noqa: F401
 from .base import app
 
 

@@ -147,7 +147,7 @@ class MultiExit(MultiExitModel):
         def arrive(k: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor | None]:
             nonlocal here, points
             points += 1
-            if k > deepest:  # tracing cannot stop on the way; it drops what nothing came of
+            if k > deepest:  # tracing and export cannot stop on the way; they drop what nothing came of
                 return feature, None
             state[:] = [feature]
             onward, exit_feature = self.split(k, feature)
@@ -156,7 +156,7 @@ class MultiExit(MultiExitModel):
                 rows = visit(k, read(k, exit_feature if here is None else take(exit_feature, here)))
                 if rows is not None and rows.numel() == 0:
                     raise Stop
-            if k == deepest and not torch.jit.is_tracing():
+            if k == deepest and not torch.jit.is_tracing() and not torch.compiler.is_exporting():
                 raise Stop
             if rows is None:
                 return onward, None

@@ -10,7 +10,7 @@ from ..inference.policy import ExitPolicy
 from .cut import Stage, is_batch_size, rows_per_image, shrinks
 from .decision import THRESHOLDS, Memory, check_left_out, decide
 from .network import IMAGES, Network, require
-from .scope import Scope
+from .scope import FLOAT, INT, Scope
 
 LOGITS, PROBABILITIES, EXIT_INDEX = "logits", "probabilities", "exit_index"
 """Names of the graph's outputs."""
@@ -132,7 +132,7 @@ class _Writer:
 
     def _branch(self, scope: Scope, outputs: Sequence[str]) -> Any:
         logits, exits = outputs
-        described = [scope.value(logits, "FLOAT", ["rows", self.classes]), scope.value(exits, "INT64", ["rows"])]
+        described = [scope.value(logits, FLOAT, ["rows", self.classes]), scope.value(exits, INT, ["rows"])]
         return scope.graph([], described)
 
 
@@ -187,6 +187,6 @@ def conditional_graph(
     scope.call(logits, name)
     scope.call(exits, EXIT_INDEX)
     sizes = network.shapes[IMAGES][1:]
-    inputs = [scope.value(IMAGES, "FLOAT", [batch, *sizes]), scope.value(THRESHOLDS, "FLOAT", [len(policy.thresholds)])]
-    outputs = [scope.value(name, "FLOAT", [batch, classes]), scope.value(EXIT_INDEX, "INT64", [batch])]
+    inputs = [scope.value(IMAGES, FLOAT, [batch, *sizes]), scope.value(THRESHOLDS, FLOAT, [len(policy.thresholds)])]
+    outputs = [scope.value(name, FLOAT, [batch, classes]), scope.value(EXIT_INDEX, INT, [batch])]
     return scope.graph(inputs, outputs)

@@ -13,8 +13,8 @@ class Stage:
 
     Attributes:
         exit_index: The exit.
-        nodes: ``onnx.NodeProto``, in order. Nodes that do not depend on the images' values (constants, the batch size)
-            are repeated in every stage that reads them.
+        nodes: ``onnx.NodeProto``, in order. Every stage repeats the nodes it reads that do not depend on the images'
+            values (constants, the batch size), and those that dequantize, so that quantized tensors cross the cuts.
         reads: Tensors made by earlier stages, or ``images``, that this stage or a deeper one reads.
         weights: Names of the initializers that the nodes read.
         logits: Name of the exit's logits.
@@ -32,7 +32,7 @@ def cut(network: Network, exits: Sequence[int]) -> list[Stage]:
     nodes = list(network.graph.node)
     weights = {tensor.name for tensor in network.graph.initializer}
     maker = {output: i for i, node in enumerate(nodes) for output in node.output}
-    varying = _that_vary(nodes)
+    varying = {i for i in _that_vary(nodes) if nodes[i].op_type != "DequantizeLinear"}
     taken: set[int] = set()
     parts: list[tuple[list[int], list[str]]] = []
     for k in exits:

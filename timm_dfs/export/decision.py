@@ -8,10 +8,7 @@ import numpy as np
 
 from ..inference.confidence import PATIENCE
 from ..inference.policy import ExitPolicy
-from .scope import Scope
-
-FLOAT, INT, BOOL = 1, 7, 9
-"""ONNX's numbers of element types."""
+from .scope import BOOL, FLOAT, INT, Scope
 
 THRESHOLDS = "thresholds"
 """Name of the graph's second input (E,)."""

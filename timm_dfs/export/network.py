@@ -31,12 +31,14 @@ class Network:
         opset: Version of ONNX's operators.
         logits: Names of the exits' logits, shallow to deep.
         shapes: By value, its sizes: an int, or the name of a symbolic size such as ``"batch"`` or ``"4*batch"``.
+        types: By value, ONNX's number of its element type.
     """
 
     graph: Any
     opset: int
     logits: tuple[str, ...]
     shapes: dict[str, tuple[int | str, ...]]
+    types: dict[str, int]
 
 
 def require(module: str) -> Any:
@@ -109,10 +111,18 @@ def trace(model: MultiExitModel, input_size: Sequence[int], opset: int) -> Netwo
     proto = program.model_proto
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
-    graph = proto.graph
-    _strip(graph)
-    shapes = {value.name: _sizes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
-    return Network(graph, opset, tuple(output.name for output in graph.output), shapes)
+    return network_of(proto.graph, opset)
+
+
+def network_of(graph: Any, opset: int) -> Network:
+    """A network from ``onnx.GraphProto``, which loses its notes: stack traces name local paths."""
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    values = [*graph.input, *graph.value_info, *graph.output]
+    shapes = {value.name: _sizes(value) for value in values}
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return Network(graph, opset, tuple(output.name for output in graph.output), shapes, types)
 
 
 class _Exits(nn.Module):
@@ -160,13 +170,6 @@ def _translations() -> dict[Callable, Callable]:
 
     aten = torch.ops.aten
     return {aten.as_strided.default: as_strided, aten.scaled_dot_product_attention.default: attention}
-
-
-def _strip(graph: Any) -> None:
-    """Remove stack traces, which name local paths, and other notes of the exporter's."""
-    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
 
 
 def _sizes(value: Any) -> tuple[int | str, ...]:

@@ -7,6 +7,9 @@ import numpy as np
 
 from .network import require
 
+FLOAT, INT, BOOL = 1, 7, 9
+"""ONNX's numbers of the element types float32, int64 and bool."""
+
 
 class Scope:
     """Nodes and weights of one ONNX graph.
@@ -67,7 +70,6 @@ class Scope:
         """The scope as ``onnx.GraphProto``."""
         return self._onnx.helper.make_graph(self.nodes, self.name, inputs, list(outputs), [*self.weights.values()])
 
-    def value(self, name: str, dtype: str, shape: Sequence[int | str]) -> Any:
-        """Description of an input or output: ``dtype`` is ``"FLOAT"`` or ``"INT64"``."""
-        kind = getattr(self._onnx.TensorProto, dtype)
-        return self._onnx.helper.make_tensor_value_info(name, kind, list(shape))
+    def value(self, name: str, dtype: int, shape: Sequence[int | str]) -> Any:
+        """Description of an input or output of ONNX's element type ``dtype``."""
+        return self._onnx.helper.make_tensor_value_info(name, dtype, list(shape))

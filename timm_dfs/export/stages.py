@@ -7,7 +7,7 @@ from ..inference.policy import ExitPolicy
 from .conditional import LOGITS, PROBABILITIES, copy_node
 from .cut import Stage, rows_per_image, shrinks
 from .network import BATCH, IMAGES, Network
-from .scope import Scope
+from .scope import FLOAT, Scope
 
 
 def last_graph(network: Network, stage: Stage, classes: int, batch: int | str, softmax: bool) -> Any:
@@ -25,8 +25,8 @@ def last_graph(network: Network, stage: Stage, classes: int, batch: int | str, s
     logits = names[stage.logits]
     name = PROBABILITIES if softmax else LOGITS
     scope.call(scope.op("Softmax", logits, axis=1) if softmax else logits, name)
-    inputs = [scope.value(IMAGES, "FLOAT", [batch, *network.shapes[IMAGES][1:]])]
-    return scope.graph(inputs, [scope.value(name, "FLOAT", [batch, classes])])
+    inputs = [scope.value(IMAGES, FLOAT, [batch, *network.shapes[IMAGES][1:]])]
+    return scope.graph(inputs, [scope.value(name, FLOAT, [batch, classes])])
 
 
 def stage_graphs(network: Network, stages: Sequence[Stage], classes: int, batch: int | str) -> list[Any]:
@@ -44,7 +44,7 @@ def stage_graphs(network: Network, stages: Sequence[Stage], classes: int, batch:
         scope.call(names[stage.logits], LOGITS)
         size = batch if place == 0 else BATCH
         inputs = [_described(scope, network, name, states[name], size) for name in own]
-        outputs = [scope.value(LOGITS, "FLOAT", [size, classes])]
+        outputs = [scope.value(LOGITS, FLOAT, [size, classes])]
         for name in _outputs(stages, place):
             scope.call(names[name], states[name])
             outputs.append(_described(scope, network, name, states[name], size))
@@ -119,4 +119,4 @@ def _described(scope: Scope, network: Network, name: str, here: str, batch: int 
     rows = rows_per_image(network.shapes[name])
     if rows:
         first = batch if rows == 1 else rows * batch if isinstance(batch, int) else f"{rows}*{batch}"
-    return scope.value(here, "FLOAT", [first, *sizes])
+    return scope.value(here, network.types[name], [first, *sizes])

@@ -15,12 +15,15 @@ import torch
 
 from ..base.evaluating import as_images, require_exits
 from ..base.model import MultiExitModel
+from ..calibration.logits import check_data
+from ..calibration.operating_point import Data
 from ..inference.policy import ExitPolicy
-from ..inference.prediction import resolve_policy
+from ..inference.prediction import Prediction, predict, resolve_policy
 from .conditional import conditional_graph
 from .cut import cut, shrinks
 from .metadata import describe, to_model
 from .network import BATCH, check_opset, plain, require, trace
+from .quantize import Quantization, all_logits, quantize, refit
 from .stages import last_graph, routing, stage_graphs
 from .verify import Check, Run, verify
 
@@ -44,7 +47,8 @@ class Export:
         exits: The exits in the files.
         shrinks: For each early exit of them, whether the batch shrinks behind it. Where it does not, all images are
             computed on until every one has exited.
-        checks: The comparisons with :func:`timm_dfs.predict`.
+        checks: The comparisons with :func:`timm_dfs.predict`; of int8 with the quantized network without early exits.
+        quantization: What int8 changed on the calibration images; ``None`` without.
     """
 
     folder: Path
@@ -54,6 +58,7 @@ class Export:
     exits: tuple[int, ...]
     shrinks: tuple[bool, ...]
     checks: tuple[Check, ...]
+    quantization: Quantization | None = None
 
 
 def export_onnx(
@@ -66,6 +71,7 @@ def export_onnx(
     batch_size: int | None = None,
     softmax: bool = False,
     images: torch.Tensor | None = None,
+    calibration: Data | None = None,
 ) -> Export:
     """Write a network with exits as ONNX that predicts as :func:`timm_dfs.predict` does, and verify it.
 
@@ -90,6 +96,8 @@ def export_onnx(
         softmax: Put out ``probabilities``, of logits divided by their exit's temperature, instead of ``logits``.
         images: Images (N, C, H, W) to verify with, normalised; by default noise. Their height and width become those
             of the file's input.
+        calibration: Images (N, C, H, W), normalised, and their classes (N,), held out of training: quantize to int8
+            with them, and choose thresholds by which as many of them leave at each exit as before.
 
     Returns:
         Files and checks.
@@ -126,8 +134,21 @@ def export_onnx(
     _warn_of_untrained(model, policy)
     channels, height, width = images.shape[1:]
     network = trace(exported, (channels, height, width), opset)
+    if calibration is None:
+        with torch.inference_mode():
+            logits = torch.stack(exported.forward_exits(images))
+        quantization = None
+    else:
+        given, targets = as_images(exported, calibration[0]), calibration[1]
+        before = all_logits(network, given)
+        check_data("calibration", (before, targets))
+        network = quantize(network, given)
+        quantization = refit(policy, before, all_logits(network, given), targets)
+        policy = ExitPolicy(quantization.thresholds, policy.confidence, policy.temperatures)
+        logits = all_logits(network, images)
     stages = cut(network, policy.answering)
     facts = describe(exported, (channels, height, width), layout, None if layout == "last" else policy, preset)
+    facts["precision"] = "float32" if quantization is None else "int8"
     batch = BATCH if batch_size is None else batch_size
     if layout == "graph":
         graphs = {MODEL_FILE: conditional_graph(network, stages, policy, model.num_classes, batch, softmax)}
@@ -143,11 +164,19 @@ def export_onnx(
             about = dict(routing(network, stages, policy, list(graphs)), **facts)
             (partial / ROUTER_FILE).write_text(json.dumps(about, indent=1) + "\n")
             shutil.copy(Path(__file__).with_name("router.py"), partial)
-        checks = verify(exported, policy, images, runner(partial, layout, model.num_exits), batch_size, softmax)
+        run = runner(partial, layout, model.num_exits)
+
+        def expect(policy: ExitPolicy) -> Prediction:
+            if quantization is None:
+                return predict(exported, images, policy)
+            exits = policy.exit_index(logits)
+            return Prediction(logits[exits, torch.arange(len(exits))], exits)
+
+        checks = verify(expect, logits, policy, images, run, batch_size, softmax)
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
     weights = sum(tensor.numel() * 4 for tensor in exported.parameters())
     fewer = tuple(shrinks(network, stage) for stage in stages[1:])
-    return Export(folder, layout, files, weights, policy.answering, fewer, checks)
+    return Export(folder, layout, files, weights, policy.answering, fewer, checks, quantization)
 
 
 def runner(folder: Path, layout: str, num_exits: int, threads: int = 0) -> Run:

@@ -1,16 +1,15 @@
-"""Checks of an exported model against :func:`timm_dfs.predict`."""
+"""Comparison of an exported model's predictions with those expected of it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..base.model import MultiExitModel
 from ..inference.confidence import PATIENCE, confidence_function
 from ..inference.policy import ExitPolicy
-from ..inference.prediction import predict
+from ..inference.prediction import Prediction
 
 TOLERANCE = 1e-4
 """Largest difference of logits; where the largest logit is above 1, as a share of it."""
@@ -24,7 +23,7 @@ Run = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Check:
-    """Result of a comparison with :func:`timm_dfs.predict` that found no fault.
+    """Result of a comparison that found no fault.
 
     Attributes:
         thresholds: ``"policy"``, or ``"mixed"``: chosen so that about as many images leave at each exit.
@@ -41,15 +40,25 @@ class Check:
     near_threshold: int
 
 
-@torch.inference_mode()
+Expect = Callable[[ExitPolicy], Prediction]
+"""What is expected of the images with a policy."""
+
+
 def verify(
-    model: MultiExitModel, policy: ExitPolicy, images: torch.Tensor, run: Run, batch: int | None, softmax: bool
+    expect: Expect,
+    logits: torch.Tensor,
+    policy: ExitPolicy,
+    images: torch.Tensor,
+    run: Run,
+    batch: int | None,
+    softmax: bool,
 ) -> tuple[Check, ...]:
-    """Compare a runtime's predictions with those of :func:`timm_dfs.predict`, at batch 1 and all images in one batch.
+    """Compare a runtime's predictions with the expected ones, at batch 1 and with all images in one batch.
 
     Args:
-        model: The exported model.
-        policy: Its policy.
+        expect: What is expected, such as :func:`timm_dfs.predict` returns it.
+        logits: Every exit's logits (E, N, C).
+        policy: The policy.
         images: (N, C, H, W).
         run: The runtime.
         batch: The only batch size that the file takes; N is a multiple of it. ``None``: any.
@@ -58,84 +67,98 @@ def verify(
     Raises:
         ValueError: If logits or exits differ.
     """
-    logits = torch.stack(model.forward_exits(images))
     policies = {"policy": policy}
     if len(policy.answering) > 1:
         policies["mixed"] = mixed(policy, logits)
     sizes = (1, len(images)) if batch is None else (batch,)
-    return tuple(
-        _compare(model, name, each, near_threshold(each, logits), images, run, size, softmax)
-        for name, each in policies.items()
-        for size in dict.fromkeys(sizes)
-    )
+    checks = []
+    for name, each in policies.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The logits of samples")  # NaN is compared below
+            expected = expect(each)
+        if softmax:
+            expected = expected._replace(logits=_probabilities(each, expected))
+        near = near_threshold(each, logits)
+        thresholds = np.asarray(each.thresholds, np.float32)
+        for size in dict.fromkeys(sizes):
+            results = [run(part.numpy(), thresholds) for part in images.split(size)]
+            found = Prediction(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*results)))
+            largest = _compare(f"with {name} thresholds at batch {size}", found, expected, near)
+            counts = torch.bincount(found.exit_index, minlength=len(logits)).tolist()
+            checks.append(Check(name, size, tuple(counts), largest, int(near.sum())))
+    return tuple(checks)
 
 
-def _compare(
-    model: MultiExitModel,
-    name: str,
-    policy: ExitPolicy,
-    near: torch.Tensor,
-    images: torch.Tensor,
-    run: Run,
-    size: int,
-    softmax: bool,
-) -> Check:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The logits of samples")  # NaN is compared below
-        expected, exits = predict(model, images, policy)
-    if softmax:
-        if policy.temperatures is not None:
-            expected = expected / torch.tensor(policy.temperatures)[exits][:, None]
-        expected = expected.softmax(-1)
-    thresholds = np.asarray(policy.thresholds, np.float32)
-    results = [run(part.numpy(), thresholds) for part in images.split(size)]
-    found, left = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*results))
-    other = (left != exits) & ~near
+def _compare(where: str, found: Prediction, expected: Prediction, near: torch.Tensor) -> float:
+    """The largest difference of logits; too large a one, or another exit, is an error."""
+    other = (found.exit_index != expected.exit_index) & ~near
     if other.any():
         row = int(other.nonzero()[0])
         raise ValueError(
-            f"Verification failed: with {name} thresholds at batch {size}, image {row} leaves at exit {left[row]}, "
-            f"but predict says exit {exits[row]}; {int(other.sum())} of {len(images)} differ. Nothing was written."
+            f"Verification failed: {where}, image {row} leaves at exit {found.exit_index[row]}, but predict says exit "
+            f"{expected.exit_index[row]}; {int(other.sum())} of {len(other)} images differ. Nothing was written."
         )
-    same = left == exits
-    difference = (found - expected)[same].abs()
-    difference[found[same].isnan() & expected[same].isnan()] = 0
+    same = found.exit_index == expected.exit_index
+    difference = (found.logits - expected.logits)[same].abs()
+    difference[(found.logits.isnan() & expected.logits.isnan())[same]] = 0
     largest = difference.max().item() if difference.numel() else 0.0
-    finite = expected[expected.isfinite()]
+    finite = expected.logits[expected.logits.isfinite()]
     allowed = TOLERANCE * max(1.0, finite.abs().max().item() if finite.numel() else 1.0)
     if not largest <= allowed:
         raise ValueError(
-            f"Verification failed: with {name} thresholds at batch {size}, logits differ by {largest:.1e} from "
-            f"predict's; at most {allowed:.1e} is allowed. Nothing was written."
+            f"Verification failed: {where}, logits differ by {largest:.1e} from predict's; at most {allowed:.1e} is "
+            "allowed. Nothing was written."
         )
-    counts = torch.bincount(left, minlength=model.num_exits).tolist()
-    return Check(name, size, tuple(counts), largest, int(near.sum()))
+    return largest
+
+
+def _probabilities(policy: ExitPolicy, prediction: Prediction) -> torch.Tensor:
+    logits, exits = prediction
+    if policy.temperatures is not None:
+        logits = logits / torch.tensor(policy.temperatures)[exits][:, None]
+    return logits.softmax(-1)
 
 
 def mixed(policy: ExitPolicy, logits: torch.Tensor) -> ExitPolicy:
-    """A policy with the same exits and confidence by which images leave at all of its exits, if they can.
+    """A policy with the same exits and confidence by which about as many images leave at each of its exits.
 
     Args:
         policy: The policy.
         logits: (E, N, C) of the images.
     """
-    *early, last = policy.answering
-    thresholds = [float("inf")] * len(policy.thresholds)
-    thresholds[last] = 0.0
     if policy.confidence == PATIENCE:
-        for k in early:
-            thresholds[k] = 1.0
-        return ExitPolicy(thresholds, PATIENCE)
+        return ExitPolicy([1.0 if k in policy.answering else None for k in range(len(logits))], PATIENCE)
+    share, left = divmod(logits.shape[1], len(policy.answering))
+    counts = [0] * len(logits)
+    for place, k in enumerate(policy.answering):
+        counts[k] = share + (place < left)
+    return leaving_at(policy, logits, counts)
+
+
+def leaving_at(policy: ExitPolicy, logits: torch.Tensor, counts: Sequence[int]) -> ExitPolicy:
+    """A policy with other thresholds, half-way between two images, by which so many images leave at each exit.
+
+    Patience keeps its thresholds.
+
+    Args:
+        policy: Its exits and confidence stay.
+        logits: (E, N, C) of the images.
+        counts: Images for each exit; those of the last exit are the rest.
+    """
+    if policy.confidence == PATIENCE:
+        return policy
+    thresholds = list(policy.thresholds)
     active = torch.ones(logits.shape[1], dtype=torch.bool)
-    for place, k in enumerate(early):
+    for k in policy.answering[:-1]:
         confidence = _confidence(policy, k, logits)
-        values = confidence[active & confidence.isfinite()].sort(descending=True).values
-        leaving = round(len(values) / (len(early) - place + 1))
-        if 0 < leaving < len(values):
-            thresholds[k] = (values[leaving - 1] + values[leaving]).item() / 2
-            active &= ~(confidence >= thresholds[k])
-        else:
+        values = confidence[active & confidence.isfinite()].sort(descending=True).values.double()
+        if counts[k] == 0:
             thresholds[k] = 1.0
+        elif counts[k] >= len(values):
+            thresholds[k] = 0.0
+        else:
+            thresholds[k] = ((values[counts[k] - 1] + values[counts[k]]) / 2).item()
+        active &= ~(confidence >= thresholds[k])
     return ExitPolicy(thresholds, policy.confidence, policy.temperatures)
 
 

@@ -5,9 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from ..data.images import dataset_loader
 from ..export import Export, export_onnx
+from ..export.quantize import Quantization
 from ..export.to_onnx import LAYOUTS
 from ..inference.policy import ExitPolicy
 from .base import (
@@ -24,6 +27,7 @@ from .base import (
     make_table,
     print_json,
 )
+from .source import InputKey, TargetKey, data_of, tracked
 
 DYNAMIC = "dynamic"
 
@@ -44,6 +48,17 @@ def export_model(
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 18,
     batch_size: Annotated[str, typer.Option(help=f"{DYNAMIC}, or the only number of images it takes.")] = DYNAMIC,
     softmax: Annotated[bool, typer.Option("--softmax", help="Put out probabilities instead of logits.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8; needs --calibration.")] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Data set for int8, as in timm's train.py, e.g. hfds/uoft-cs/cifar100, or a folder."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Its split, held out of training; by default the checkpoint's validation split.")
+    ] = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many of its images to draw.")] = 512,
     checkpoint: Checkpoint = None,
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
@@ -51,6 +66,8 @@ def export_model(
     """Export to ONNX with early exit inside, and verify the files against timm_dfs.predict."""
     if batch_size != DYNAMIC and not batch_size.isdigit():
         raise ValueError(f"--batch-size is {batch_size!r}; give {DYNAMIC} or a number of images.")
+    if int8 != (calibration is not None):
+        raise ValueError("Give --int8 and --calibration together: int8 needs images to fit its ranges to.")
     model = create(model_name, has_weights(model_name), checkpoint, model_kwargs)
     chosen: ExitPolicy | str | None = None
     if layout == "last":
@@ -60,6 +77,21 @@ def export_model(
         chosen = choose_policy(model, policy, thresholds)
     else:
         chosen = policy or DEFAULT_PRESET
+    data = None
+    if calibration is not None:
+        folder = Path(calibration) if Path(calibration).is_dir() else None
+        where = data_of(
+            model_name,
+            None,
+            dataset=None if folder else calibration,
+            root=folder,
+            split=split,
+            input_key=input_key,
+            target_key=target_key,
+        )
+        loader = dataset_loader(model, **where, batch_size=64, workers=0, samples=samples)
+        images, targets = (torch.cat(parts) for parts in zip(*tracked(loader, calibration)))
+        data = images, targets
     start = time.perf_counter()
     result = export_onnx(
         model,
@@ -69,6 +101,7 @@ def export_model(
         opset=opset,
         batch_size=None if batch_size == DYNAMIC else int(batch_size),
         softmax=softmax,
+        calibration=data,
     )
     seconds = time.perf_counter() - start
     if as_json:
@@ -88,9 +121,12 @@ def _report(result: Export, seconds: float) -> None:
             str(check.near_threshold),
         )
     console.print(table)
+    if result.quantization is not None:
+        _report_quantization(result.quantization)
     size = sum(result.files.values())
+    rival = "predict" if result.quantization is None else "the quantized network with all exits"
     console.print(
-        f"Verified with ONNX Runtime: the same exits as predict, images near a threshold excepted. Written to "
+        f"Verified with ONNX Runtime: the same exits as {rival}, images near a threshold excepted. Written to "
         f"{result.folder} in {seconds:.0f} s: {', '.join(result.files)}; {size / 1e6:.1f} MB."
     )
     whole = [str(k) for k, fewer in zip(result.exits, result.shrinks) if not fewer]
@@ -99,3 +135,15 @@ def _report(result: Export, seconds: float) -> None:
             f"The batch does not shrink behind exits {', '.join(whole)}: images that left there are computed on until "
             "all have left."
         )
+
+
+def _report_quantization(found: Quantization) -> None:
+    table = make_table("precision", "top-1, %", "last exit, %", "left at each exit")
+    for i, name in enumerate(("float32", "int8")):
+        counts = " ".join(map(str, found.exit_counts[i]))
+        table.add_row(name, f"{found.accuracy[i]:.2f}", f"{found.last_exit_accuracy[i]:.2f}", counts)
+    console.print(table)
+    console.print(
+        f"On the {found.samples} calibration images, on which int8's ranges and thresholds were chosen; expect "
+        "somewhat less on others."
+    )

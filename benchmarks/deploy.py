@@ -22,7 +22,7 @@ import timm
 import torch
 
 import timm_dfs
-from timm_dfs.data.images import dataset_loader
+from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.bench import exits_logits, halving_policy
 from timm_dfs.evaluation.machine import processor
 from timm_dfs.export import export_onnx

@@ -134,7 +134,7 @@ def test_somebody_elses_commit_in_between_is_not_overwritten(whole, server, monk
         return route(handler)
 
     monkeypatch.setattr(server.RequestHandlerClass, "validate_yaml", commit_first)
-    with pytest.raises(OSError, match="Somebody committed"):
+    with pytest.raises(OSError, match="newer commit"):
         publish(whole, REPO)
     assert remote(server) == {"README.md": b"theirs"}
 

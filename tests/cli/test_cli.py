@@ -432,7 +432,7 @@ def test_bench_says_where_early_exit_is_slower_and_where_its_slowest_batches_are
 
 
 def test_bench_takes_images_of_a_data_set_and_another_size(pictures):
-    data = run_json("bench", "dfs_vgg7_cifar100", *QUICK, "--dataset", f"hfds/{pictures}", "--size", 24)
+    data = run_json("bench", "dfs_vgg7_cifar100", *QUICK, "--dataset", f"hfds/{pictures}", "--img-size", 24)
     assert data["images"].startswith("hfds/") and data["input_size"] == [3, 24, 24]
 
 

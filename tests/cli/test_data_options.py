@@ -126,3 +126,8 @@ def test_a_models_folder_is_a_model_and_another_is_not(tmp_path):
 def test_a_misspelt_name_gets_similar_ones():
     with pytest.raises(ValueError, match="dfs_resnet18_cifar100"):
         create("dfs_resnet18_cifar10", pretrained=False)
+
+
+def test_thresholds_are_not_fitted_to_the_test_images_under_another_name(checkpoint):
+    refused = run("calibrate", checkpoint, "--dataset", "torch/cifar10", "--split", "validation[:10]")
+    assert refused.exit_code == 2 and "test split" in refused.stderr

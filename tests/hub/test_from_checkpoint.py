@@ -90,8 +90,8 @@ def test_an_export_that_fails_leaves_the_old_folder(checkpoint, tmp_path):
 
 
 def test_thresholds_are_not_fixed_on_the_test_split(checkpoint, tmp_path):
-    refused = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--held-out", "test")
-    assert refused.exit_code == 2 and "both test" in refused.stderr and not (tmp_path / "mine").exists()
+    refused = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--split", "test")
+    assert refused.exit_code == 2 and "held out of training" in refused.stderr and not (tmp_path / "mine").exists()
 
 
 def test_the_presets_results_are_what_the_shipped_network_does(checkpoint, tmp_path, data):

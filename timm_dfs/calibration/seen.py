@@ -53,6 +53,12 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
             )
 
 
-def is_test(split: str) -> bool:
-    """Whether a split, e.g. ``"test"`` or ``"test[:500]"``, is of the test data, on which nothing may be chosen."""
-    return split.partition("[")[0] == "test"
+def is_test(split: str, dataset: str = "") -> bool:
+    """Whether a split, e.g. ``"test"`` or ``"test[:500]"``, is of the test data, on which nothing may be chosen.
+
+    Args:
+        split: Name of the split, perhaps with a slice.
+        dataset: timm's name of the data set. Of torchvision's, timm reads the test images for every split but train.
+    """
+    name = split.partition("[")[0]
+    return name == "test" or (dataset.lower().startswith("torch/") and name not in ("train", "training"))

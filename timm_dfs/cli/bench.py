@@ -27,25 +27,21 @@ from .base import (
     make_table,
     print_json,
 )
-from .source import DataDir, Dataset, InputKey, TargetKey, data_of, tracked
+from .source import DataOptions, tracked, with_data_options
 
 HALF = "half the cost"
 
 
 @command("bench")
+@with_data_options
 def bench(
     model_name: ModelName,
+    data: DataOptions,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Images per batch; may be repeated.")] = None,
     thresholds: Annotated[
         str | None, typer.Option(help="A further operating point: one threshold per exit, 0.9,0.9,…")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time to measure each batch size for.")] = 10,
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images, if not the model's.")] = None,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    split: Annotated[str | None, typer.Option(help="Split of the data set to take images from.")] = None,
-    input_key: InputKey = None,
-    target_key: TargetKey = None,
     checkpoint: Checkpoint = None,
     model_kwargs: ModelKwargs = None,
     as_is: Annotated[
@@ -63,17 +59,13 @@ def bench(
     """
     sizes = sorted(set(batch_size or (1, 8, 64, 256)))
     model = create(model_name, has_weights(model_name), checkpoint, model_kwargs)
+    data.prepare(model)
     count = max(2 * max(sizes), 128)
-    if dataset is None and data_dir is None:
-        shape = (model.in_chans, *((size, size) if size else model.pretrained_cfg["input_size"][1:]))
+    if data.dataset is None and data.data_dir is None:
+        shape = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
         images = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     else:
-        if size is not None:
-            model.pretrained_cfg["input_size"] = (model.in_chans, size, size)
-        where = data_of(
-            model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key
-        )
-        loader = dataset_loader(model, **where, batch_size=64, workers=1, samples=count)
+        loader = dataset_loader(model, **data.where(model_name), batch_size=64, workers=1, samples=count)
         if len(loader.dataset) < max(sizes):  # type: ignore[arg-type]
             raise ValueError(
                 f"There are {len(loader.dataset)} images for a batch of {max(sizes)}; "  # type: ignore[arg-type]
@@ -92,23 +84,23 @@ def bench(
         few = (0, (model.num_exits - 1) // 2)
         policies[f"{HALF}, exits {few[0]} and {few[1]}"] = halving_policy(model, logits, images.shape[1:], few)
     timings = measure(model, images, policies, sizes, seconds)
-    data: dict[str, Any] = dict(
+    found: dict[str, Any] = dict(
         model=model_name,
         machine=describe_machine(),
-        images=dataset or str(data_dir or "noise"),
+        images=data.dataset or str(data.data_dir or "noise"),
         input_size=list(images.shape[1:]),
         fused=not as_is,
         timings=[asdict(timing) for timing in timings],
     )
     if as_json:
-        return print_json(data)
+        return print_json(found)
     for batch in sizes:
         console.print(_table(batch, [timing for timing in timings if timing.batch_size == batch]))
-    console.print(f"{data['machine']}; {'×'.join(map(str, data['input_size']))} images: {data['images']}")
+    console.print(f"{found['machine']}; {'×'.join(map(str, found['input_size']))} images: {found['images']}")
     for fault, faulty in (("Slower", _slower), ("A longer p95", _longer_tail)):
-        found = [f"{t.way} at batch {t.batch_size}" for t in faulty(timings) if t.way in policies]
-        if found:
-            console.print(f"[bold]{fault} than the last exit alone[/]: {', '.join(found)}.")
+        affected = [f"{t.way} at batch {t.batch_size}" for t in faulty(timings) if t.way in policies]
+        if affected:
+            console.print(f"[bold]{fault} than the last exit alone[/]: {', '.join(affected)}.")
 
 
 def _slower(timings: Sequence[Timing]) -> list[Timing]:

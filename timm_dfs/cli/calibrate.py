@@ -18,24 +18,16 @@ from ..hub.folder import write_presets
 from ..inference.confidence import CONFIDENCES, PATIENCE
 from ..inference.policy import ExitPolicy
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
-from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
+from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 _NAMED = ", ".join(f"{name} {drop:g}" for name, drop in NAMED.items())
 
 
 @command("calibrate")
+@with_data_options
 def calibrate(
     model_name: ModelName,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="Split held out of training, e.g. 'train[45000:]'; by default the checkpoint's validation split."
-        ),
-    ] = None,
-    input_key: InputKey = None,
-    target_key: TargetKey = None,
+    data: DataOptions,
     budget: Annotated[
         list[float] | None,
         typer.Option(
@@ -65,10 +57,8 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Fit temperatures and the presets accurate, balanced and fast to held-out data."""
-    where = data_of(
-        model_name, None, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key
-    )
-    if is_test(where["split"]):
+    where = data.where(model_name, default_split=None)
+    if is_test(where["split"], where["dataset"]):
         raise ValueError(
             f"--split is {where['split']}; the test split is for final figures: give one held out of training, "
             "e.g. 'train[45000:]'."
@@ -76,14 +66,15 @@ def calibrate(
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output is {output}; there is no folder {output.parent}.")
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    data.prepare(model)
     costs = Costs(model)
     flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
     budgets = [value * whole if value <= 1 else value for value in budget or ()]
     drops = max_accuracy_drop or ()
     _check(flops, budgets, drops, confidence_level, by)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
-    data = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
-    val, held_out = (data, None) if confidence_level is None else halves(data)
+    logits = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
+    val, held_out = (logits, None) if confidence_level is None else halves(logits)
     temperatures = None if by == PATIENCE else fit_temperatures(*val)
     points = fit_presets(
         val,

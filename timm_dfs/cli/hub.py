@@ -7,6 +7,7 @@ import torch
 import typer
 
 from ..base.model import MultiExitModel
+from ..calibration.seen import is_test
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import collect_logits
 from ..hub.card import write_card
@@ -16,7 +17,7 @@ from ..hub.publish import FILES, check_folder, publish
 from ..pretrained.packaged import packaged_folder
 from ..training.run import read_run
 from .base import command, console
-from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
+from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 Model = Annotated[str, typer.Argument(help="A model with packaged weights, or its folder.", metavar="MODEL")]
 
@@ -65,29 +66,27 @@ def publish_model(
 
 
 @command("export-hub")
+@with_data_options
 def export_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of train.py, e.g. last.pth.tar.")],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
-    held_out: Annotated[
-        str | None,
-        typer.Option(help="Held-out split that fixes thresholds; by default the run's validation split."),
-    ] = None,
+    data: DataOptions,
     test: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    input_key: InputKey = None,
-    target_key: TargetKey = None,
     batch_size: BatchSize = 128,
     workers: Workers = 1,
 ) -> None:
-    """Make a folder for the Hub from a checkpoint of train.py: weights, presets, results, card."""
+    """Make a folder for the Hub from a checkpoint of train.py: weights, presets, results, card.
+
+    Thresholds are fixed on --split, by default the run's validation split, and measured on --test.
+    """
     run = read_run(checkpoint)
-    where = data_of(
-        str(checkpoint), dataset=dataset, root=data_dir, split=held_out, input_key=input_key, target_key=target_key
-    )
+    where = data.where(str(checkpoint))
     held_out = where.pop("split")
-    if held_out == test:
-        raise ValueError(f"--held-out and --test are both {test}; fix thresholds on a split that is not measured on.")
+    if held_out == test or is_test(held_out, where["dataset"]):
+        raise ValueError(
+            f"--split is {held_out} and --test is {test}: thresholds must be fixed on a split held out of training "
+            "and not on the test split, e.g. --split 'train[45000:]'."
+        )
 
     def collect(model: MultiExitModel, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         loader = dataset_loader(model, **where, split=split, batch_size=batch_size, workers=workers)
@@ -98,5 +97,7 @@ def export_checkpoint(
         training=training_facts(run, checkpoint),
         **base_model(run, checkpoint),
     )
-    export(trained_model(run, checkpoint), output.resolve(), collect, held_out, test, facts)
+    model = trained_model(run, checkpoint)
+    data.prepare(model)
+    export(model, output.resolve(), collect, held_out, test, facts)
     console.print(f"{output} is complete; 'timm-dfs publish {output} --repo user/name' uploads it")

@@ -17,24 +17,21 @@ from ..inference.fusion import fuse
 from ..inference.prediction import resolve_policy
 from ..report import About, check_new, find, require_plots, strip, training_of, write_report
 from .base import DEFAULT_PRESET, AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, print_json
-from .source import BatchSize, DataDir, Dataset, InputKey, Split, TargetKey, Workers, data_of, tracked
+from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 TIMED = (1, 64)
 """Batch sizes: a single image, and enough images to use all of a processor."""
 
 
 @command("report")
+@with_data_options
 def report(
     model_name: ModelName,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    split: Split = None,
+    data: DataOptions,
     val_split: Annotated[
         str | None,
         typer.Option(help="Split held out of training, e.g. 'train[45000:]'; fixes the curve of early exit."),
     ] = None,
-    input_key: InputKey = None,
-    target_key: TargetKey = None,
     output: Annotated[Path, typer.Option(help="New folder for the page and its figures.")] = Path("report"),
     seconds: Annotated[
         float, typer.Option(min=0, help="Duration of the timing of each batch size; 0: no timing.")
@@ -52,10 +49,11 @@ def report(
     """
     require_plots()
     check_new(output)
-    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
-    _check_val_split(val_split, where["split"])
+    where = data.where(model_name)
+    _check_val_split(val_split, where["split"], where["dataset"])
     training, epochs = training_of(model_name, checkpoint)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    data.prepare(model)
     name = where["dataset"].removeprefix("hfds/") or where["root"]
     refuse_fitted_split(model.presets, name, where["split"])
     loading: dict[str, Any] = dict(batch_size=batch_size, workers=workers)
@@ -95,10 +93,10 @@ def report(
         console.print("There is no curve of early exit: its thresholds need --val-split, a split held out of training.")
 
 
-def _check_val_split(val_split: str | None, split: str) -> None:
+def _check_val_split(val_split: str | None, split: str, dataset: str) -> None:
     if val_split is None:
         return
-    if val_split == split or is_test(val_split):
+    if val_split == split or is_test(val_split, dataset):
         raise ValueError(
             f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that is neither "
             "measured on nor test, held out of training, e.g. 'train[45000:]'."

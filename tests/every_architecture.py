@@ -150,7 +150,7 @@ def main(page):
             print(base, row.get("error") or "; ".join(faults(row)) or "good", flush=True)
             file.write(json.dumps(dict(row, stamp=stamp())) + "\n")
             file.flush()
-    page.write_text(table([rows[base] for base in BASES]))
+    page.write_text(table([rows[name] for name in timm.list_models() if name in rows]))
     notes.unlink()
 
 

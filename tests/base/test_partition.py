@@ -161,7 +161,7 @@ def test_two_sided_at_beta_one_lets_the_head_train_nothing():
     assert trained_channels(own, feature, 1) == [False] * 5
 
 
-@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, math.inf, True, "0.5", "joint"])
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, math.inf, True, "0.5", "Joint"])
 def test_a_beta_outside_zero_to_one_is_refused_by_its_value(beta):
     with pytest.raises(ValueError, match="beta is ") as error:
         Partition(4, beta)

@@ -24,7 +24,7 @@ def make(request):
 class Toy(MultiExitModel):
     """One convolution of four channels, and exits that all read its output."""
 
-    def __init__(self, classifiers, beta=None):
+    def __init__(self, classifiers, beta="joint"):
         super().__init__(2, 3, 0.0, beta, "two_sided", None)
         self.conv = nn.Conv2d(3, 4, 1, bias=False)
         self.feature_info = [dict(num_chs=4, reduction=1, module="conv") for _ in classifiers]

@@ -14,15 +14,8 @@ from .arguments import check_names
 from .equilibrium import balance
 from .heads import Classifiers, ExitHead
 from .objective import SETTINGS, Objective
-from .partition import (
-    JOINT,
-    Onward,
-    Partition,
-    PartitionedConv2d,
-    check_beta,
-    check_referencing,
-    records_gradients,
-)
+from .partition import Onward, Partition, PartitionedConv2d, check_beta, check_referencing, records_gradients
+from .presets import presets_as_json
 from .rows import take
 
 if TYPE_CHECKING:
@@ -82,7 +75,7 @@ class MultiExitModel(nn.Module):
         num_classes: int,
         in_chans: int,
         drop_rate: float,
-        beta: float | None,
+        beta: float | str | None,
         referencing: str,
         presets: dict[str, dict] | None,
     ):
@@ -92,7 +85,7 @@ class MultiExitModel(nn.Module):
                 "TorchScript (scriptable=True, train.py's --torchscript) does not support networks with exits; use "
                 "torch.compile (--torchcompile) or torch.export."
             )
-        check_beta(beta)
+        self.beta = check_beta(beta)
         check_referencing(referencing)
         if in_chans < 1:
             raise ValueError(f"in_chans is {in_chans}; give at least 1.")
@@ -101,7 +94,6 @@ class MultiExitModel(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.beta = beta
         self.referencing = referencing
         self.presets = dict(presets or {})
         self.grad_checkpointing = False
@@ -365,8 +357,8 @@ class MultiExitModel(nn.Module):
     @property
     def _model_args(self) -> dict:
         """Arguments that timm writes into ``config.json`` to rebuild this model: the caller's, beta, referencing."""
-        ours = dict(beta=JOINT if self.beta is None else self.beta, referencing=self.referencing)
-        return dict(self._given_args, **ours, **({"presets": self.presets} if self.presets else {}))
+        ours = dict(beta=self.beta, referencing=self.referencing)
+        return dict(self._given_args, **ours, **({"presets": presets_as_json(self.presets)} if self.presets else {}))
 
     @_model_args.setter
     def _model_args(self, args: dict) -> None:

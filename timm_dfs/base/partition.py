@@ -8,20 +8,25 @@ import torch.nn.functional as F
 from torch import nn
 
 JOINT = "joint"
-"""``beta=None`` as it travels through timm, and in a ``config.json``'s ``model_args``."""
+"""The ``beta`` of joint training, without partition. Classes take ``None`` for the same, but timm drops None."""
 
 REFERENCING = ("two_sided", "one_sided", "off")
 
 
-def check_beta(beta: float | None) -> None:
-    """Raise ``ValueError`` unless ``beta`` is ``None`` or a number in [0, 1]."""
-    if beta is None:
-        return
+def check_beta(beta: float | str | None) -> float | str:
+    """The partition ratio: a number in [0, 1], or :data:`JOINT`, also for ``None``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if beta is None or (isinstance(beta, str) and beta == JOINT):
+        return JOINT
     if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= beta <= 1:
         raise ValueError(
             f"beta is {beta!r}; give a number in [0, 1] (the share of channels deeper layers may train) "
-            "or None for joint training without partition."
+            f"or {JOINT!r} for joint training without partition."
         )
+    return beta  # type: ignore[return-value]
 
 
 def check_referencing(referencing: str) -> None:
@@ -215,16 +220,20 @@ class Partition(nn.Module):
     """
 
     def __init__(
-        self, channels: int, beta: float | None, referencing: str = "two_sided", dim: int = 1, in_parts: bool = False
+        self,
+        channels: int,
+        beta: float | str | None,
+        referencing: str = "two_sided",
+        dim: int = 1,
+        in_parts: bool = False,
     ):
         super().__init__()
-        check_beta(beta)
+        self.beta = check_beta(beta)
         check_referencing(referencing)
-        self.beta = beta
         self.referencing = referencing
         self.dim = dim
         self.channels = channels
-        self.shared = channels if beta is None else round(beta * channels)
+        self.shared = channels if isinstance(self.beta, str) else round(self.beta * channels)
         self.in_parts = in_parts and self.shared <= MOST_SHARED_IN_PARTS * channels
 
     def forward(self, feature: torch.Tensor, averaged: bool = False) -> tuple[Onward, torch.Tensor]:
@@ -249,7 +258,7 @@ class Partition(nn.Module):
                 f"This partition was built for {self.channels} channels on axis {self.dim}, "
                 f"but the feature has shape {tuple(feature.shape)}."
             )
-        if self.beta is None:
+        if self.beta == JOINT:
             return feature, feature
         if self.referencing == "off":
             shared, own = torch.split(feature, [self.shared, self.channels - self.shared], self.dim)

@@ -1,6 +1,7 @@
 """What the commands share: the app, how a model is created and named, how tables and errors look."""
 
 import ast
+import difflib
 import functools
 import json
 import sys
@@ -13,11 +14,50 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from timm.models import is_model_pretrained
+from typer.core import TyperCommand
 
 from ..base.model import MultiExitModel
+from ..data.datasets import follow_run
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
+from ..pretrained.packaged import CONFIG_FILE
+from ..pretrained.sources import PREFIXES, check_named
 from ..training.run import read_run
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+MULTIPLE = {"--model-kwargs": lambda text: "=" in text, "--mean": _is_number, "--std": _is_number}
+"""Options that take several values, as in ``train.py``, and what is a value of theirs."""
+
+
+class Command(TyperCommand):
+    """Command whose options in :data:`MULTIPLE` take several values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeat_options(args))
+
+
+def repeat_options(args: list[str]) -> list[str]:
+    """``--mean 0 0 0`` as ``--mean 0 --mean 0 --mean 0``, which click can parse, for options in :data:`MULTIPLE`."""
+    repeated: list[str] = []
+    option = None
+    for index, text in enumerate(args):
+        if text == "--":
+            return repeated + args[index:]
+        if option is not None and repeated[-1] != option and MULTIPLE[option](text):
+            repeated.append(option)
+        elif option is None or repeated[-1] != option:
+            option = text if text in MULTIPLE else None
+        repeated.append(text)
+    return repeated
+
 
 app = typer.Typer(
     help="Networks with exits for timm: list, inspect, try and evaluate them.",
@@ -29,16 +69,18 @@ app = typer.Typer(
 console = Console()
 
 ModelName = Annotated[
-    str, typer.Argument(help="A dfs_* name, hf-hub:user/name, or a checkpoint of train.py's.", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="A dfs_* name, a checkpoint of train.py, a model's folder, or hf-hub:user/name.", metavar="MODEL"
+    ),
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights to use instead of the model's own.")]
 ModelKwargs = Annotated[
     list[str] | None,
-    typer.Option(help="Arguments of the model, as in train.py: --model-kwargs exits=4 --model-kwargs beta=0.3."),
+    typer.Option(help="Arguments of the model, as in train.py: --model-kwargs exits=4 beta=0.3."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DEFAULT_PRESET = "balanced"
-SOURCES = ("hf-hub:", "local-dir:")
 
 
 def one_line_errors(command: Callable) -> Callable:
@@ -57,24 +99,41 @@ def one_line_errors(command: Callable) -> Callable:
 
 def command(name: str) -> Callable:
     """Register a command of the command line."""
-    return lambda function: app.command(name)(one_line_errors(function))
+    return lambda function: app.command(name, cls=Command)(one_line_errors(function))
 
 
 def create(
     name: str, pretrained: bool, checkpoint: Path | None = None, model_kwargs: list[str] | None = None
 ) -> MultiExitModel:
-    """The model of that name, or that a checkpoint of ``train.py``'s belongs to, in eval mode."""
+    """Create a model in eval mode.
+
+    Args:
+        name: A registered name, perhaps with a tag; a checkpoint of ``train.py``; a folder with ``config.json``; or a
+            name of timm's with ``hf-hub:`` or ``local-dir:``.
+        pretrained: Whether to load weights.
+        checkpoint: File with other weights than the model's own.
+        model_kwargs: ``NAME=VALUE`` pairs.
+
+    Raises:
+        ValueError: If there is no such model, or the weights or arguments do not fit it.
+    """
     kwargs: dict[str, Any] = {}
+    run = None
     if Path(name).is_file():
         run = read_run(Path(name))
+        run.check_reproducible()
         if checkpoint is not None:
             raise ValueError(f"Both {name} and --checkpoint {checkpoint} are given; give one checkpoint.")
         name, checkpoint, kwargs = run.model, Path(name), run.model_args
     kwargs.update(_parse(model_kwargs or []))
-    ours = name.startswith(SOURCES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
+    name = as_source(name)
+    ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
     if not ours:
-        raise ValueError(f"There is no model {name!r}; 'timm-dfs list' shows those there are.")
+        near = difflib.get_close_matches(name, timm.list_models("dfs_*"), n=3)
+        similar = f"similar names are {', '.join(near)}; " if near else ""
+        raise ValueError(f"There is no model {name!r}; {similar}'timm-dfs list' shows those there are.")
     overlay = dict(file=str(checkpoint)) if checkpoint else None
+    check_named(name)
     try:
         model = timm.create_model(
             name, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay, **kwargs
@@ -87,12 +146,30 @@ def create(
         raise ValueError(f"Cannot create {name} with --model-kwargs {' '.join(model_kwargs)}: {error}") from error
     if not isinstance(model, MultiExitModel):
         raise ValueError(f"{name} is a network without exits.")
+    if run is not None:
+        follow_run(model, run)
     return model.eval()
+
+
+def as_source(name: str) -> str:
+    """A model's folder by timm's name of it, ``local-dir:``; other names as they are.
+
+    Raises:
+        ValueError: If the folder holds no model.
+    """
+    if name.startswith(PREFIXES) or timm.is_model(name.split(".")[0]) or not Path(name).is_dir():
+        return name
+    if not (Path(name) / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"The folder {name} has no {CONFIG_FILE}, so it holds no model; 'timm-dfs calibrate' and "
+            "'timm-dfs export-hub' make such folders."
+        )
+    return f"local-dir:{name}"
 
 
 def has_weights(name: str) -> bool:
     """Whether a model of that name, or a checkpoint, comes with trained exits."""
-    return Path(name).is_file() or name.startswith(SOURCES) or is_model_pretrained(name)
+    return Path(name).is_file() or as_source(name).startswith(PREFIXES) or is_model_pretrained(name)
 
 
 def _parse(pairs: list[str]) -> dict[str, Any]:
@@ -127,7 +204,7 @@ def saving(share: float) -> str:
 def make_table(*headers: str, title: str | None = None) -> Table:
     """A table whose columns of numbers (all but those with words) are flush right."""
     table = Table(title=title)
-    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "photograph", "is a"}
+    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "prediction", "photograph", "is a"}
     for header in headers:
         table.add_column(header, justify="left" if header in words else "right")
     return table

@@ -7,22 +7,19 @@ import torch
 import typer
 
 from ..base.model import MultiExitModel
-from ..data.images import dataset_loader
+from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
 from ..evaluation.flops import exit_flops
 from ..training.conflict import GradientConflict, gradient_conflict
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
-from .source import BatchSize, DataDir, Dataset, InputKey, Split, TargetKey, Workers, data_of, tracked
+from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 
 @command("eval")
+@with_data_options
 def evaluate_model(
     model_name: ModelName,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    split: Split = None,
-    input_key: InputKey = None,
-    target_key: TargetKey = None,
+    data: DataOptions,
     batch_size: BatchSize = 128,
     workers: Workers = 1,
     checkpoint: Checkpoint = None,
@@ -30,13 +27,14 @@ def evaluate_model(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, calibration and cost of every exit over a data set."""
-    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    where = data.where(model_name)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    data.prepare(model)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
     logits, targets = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
-    data: dict[str, Any] = dict(
+    found: dict[str, Any] = dict(
         model=model_name,
-        dataset=where["dataset"],
+        dataset=where["dataset"] or where["root"],
         split=where["split"],
         samples=len(targets),
         top1=anytime_accuracy(logits, targets).tolist(),
@@ -46,7 +44,7 @@ def evaluate_model(
         flops_lazy=exit_flops(model, lazy=True),
     )
     if as_json:
-        return print_json(data)
+        return print_json(found)
     table = make_table(
         "exit",
         "top-1, %",
@@ -56,20 +54,17 @@ def evaluate_model(
         "lazy, M",
         title=f"{model_name}: {len(targets)} samples",
     )
-    columns = zip(data["top1"], data["top5"], data["ece"], data["flops"], data["flops_lazy"], strict=True)
+    columns = zip(found["top1"], found["top5"], found["ece"], found["flops"], found["flops_lazy"], strict=True)
     for k, (top1, top5, ece, cost, lazy) in enumerate(columns):
         table.add_row(str(k), f"{top1:.2f}", f"{top5:.2f}", f"{ece:.4f}", millions(cost), millions(lazy))
     console.print(table)
 
 
 @command("conflict")
+@with_data_options
 def show_conflict(
     model_name: ModelName,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    split: Split = None,
-    input_key: InputKey = None,
-    target_key: TargetKey = None,
+    data: DataOptions,
     batch_size: BatchSize = 128,
     batches: Annotated[int, typer.Option(min=1, help="Batches, drawn at random.")] = 8,
     workers: Workers = 1,
@@ -78,9 +73,10 @@ def show_conflict(
     plot: Annotated[Path | None, typer.Option(help="File for a heat map, layers by pairs of exits.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How far the exits pull the weights they share apart. --model-kwargs beta=None: as joint training would."""
-    where = data_of(model_name, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key)
+    """How far the exits pull the weights they share apart. --model-kwargs beta=joint: as joint training would."""
+    where = data.where(model_name)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    data.prepare(model)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers, samples=batches * batch_size)
     found = gradient_conflict(model, tracked(loader, f"{model_name} on {where['split']}"))
     if plot is not None:

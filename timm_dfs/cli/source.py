@@ -1,13 +1,19 @@
 """Which data a command reads: its options, and their defaults from a checkpoint's run."""
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import track
+from timm.data import resolve_data_config
 
+from ..base.model import MultiExitModel
+from ..data.datasets import training_classes
 from ..training.run import read_run
 
 Dataset = Annotated[
@@ -22,32 +28,146 @@ TargetKey = Annotated[
 Split = Annotated[
     str | None, typer.Option(help="Split to measure on; by default the checkpoint's validation split, or test.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1)]
-Workers = Annotated[int, typer.Option(min=0)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
+
+
+@dataclass
+class DataOptions:
+    """Options that say which images a command reads and how they are prepared, with ``train.py``'s names.
+
+    A checkpoint of ``train.py`` has a default for each: the run's own.
+    """
+
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="As in timm's train.py, e.g. hfds/uoft-cs/cifar100; by default the checkpoint's own."),
+    ] = None
+    data_dir: Annotated[Path | None, typer.Option(help="Root of the data set.")] = None
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split to read, perhaps a slice of it: 'train[45000:]'; by default the checkpoint's validation split, "
+            "or test. '.' is a folder of class folders itself."
+        ),
+    ] = None
+    input_key: Annotated[
+        str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")
+    ] = None
+    target_key: Annotated[
+        str | None, typer.Option(help="Column of the labels in an hfds/ data set; else CIFAR-100's, fine_label.")
+    ] = None
+    class_map: Annotated[str | None, typer.Option(help="File of class names, one a line, in order.")] = None
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width of the images.")
+    ] = None
+    img_size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images.")] = None
+    mean: Annotated[list[float] | None, typer.Option(help="Mean of the pixels, one or one a channel.")] = None
+    std: Annotated[list[float] | None, typer.Option(help="Their standard deviation.")] = None
+    crop_pct: Annotated[float | None, typer.Option(help="Share of the resized image that is cropped out.")] = None
+    interpolation: Annotated[str | None, typer.Option(help="Of resizing: bilinear, bicubic, nearest.")] = None
+
+    def where(self, model_name: str, default_split: str | None = "test") -> dict[str, Any]:
+        """Arguments of the loader, see :func:`data_of`."""
+        given = {key: getattr(self, key) for key in ("dataset", "split", "input_key", "target_key", "class_map")}
+        return data_of(model_name, default_split, root=self.data_dir, **given)
+
+    def prepare(self, model: MultiExitModel) -> None:
+        """Write the given preparation into the model's ``pretrained_cfg``.
+
+        Raises:
+            ValueError: If a value does not fit the model's channels.
+        """
+        given = {name: getattr(self, name) for name in _PREPARATION if getattr(self, name)}
+        if not given:
+            return
+        if self.input_size is None:
+            given["in_chans"] = model.in_chans
+        try:
+            config = resolve_data_config(given, model=model)
+        except AssertionError:
+            raise ValueError(
+                f"--mean is {self.mean}, --std is {self.std}; give one value, or one for each of the model's "
+                f"{model.in_chans} channels."
+            ) from None
+        if config["input_size"][0] != model.in_chans:
+            raise ValueError(f"--input-size is {self.input_size}; the model takes {model.in_chans} channels.")
+        model.pretrained_cfg.update(config)
+
+
+_PREPARATION = ("input_size", "img_size", "mean", "std", "crop_pct", "interpolation")
+
+
+def with_data_options(command: Callable) -> Callable:
+    """Give a command the options of :class:`DataOptions` in place of its parameter ``data``."""
+    of_data = inspect.signature(DataOptions).parameters
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, data=DataOptions(**{name: kwargs.pop(name) for name in of_data}), **kwargs)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        parameters += of_data.values() if parameter.name == "data" else [parameter]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
 def data_of(model_name: str, default_split: str | None = "test", **given: Any) -> dict[str, Any]:
-    """Which data: as given, else as the checkpoint's run was validated on. Without a default, a split must be named."""
-    run = read_run(Path(model_name)).dataset if Path(model_name).is_file() else {}
-    data = {key: given[key] or run.get(of) for key, of in _SAME.items()}
+    """Arguments of :func:`timm_dfs.data.datasets.dataset_loader`: the given ones, else those of the checkpoint's run.
+
+    Args:
+        model_name: The command's MODEL; a checkpoint of ``train.py`` names its data set.
+        default_split: Split if none is given and there is no run; without one, a split must be given.
+        **given: Options of the command; ``None`` where they were not used.
+
+    Raises:
+        ValueError: If no data set or split is named.
+        ModuleNotFoundError: If the data set needs an extra that is not installed.
+    """
+    run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
+    data = {key: run[flag] for key, flag in _OF_RUN.items() if run.get(flag) not in (None, "")}
+    data.setdefault("root", run.get("data"))
+    given = {key: value for key, value in given.items() if value is not None}
+    moved = given.keys() & {"dataset", "root"}
+    if moved:  # the run's images elsewhere, or other images of the same kind
+        data.pop("num_samples", None)
+    if "dataset" in moved:
+        data.pop("root", None)
+    data.update(given)
+    data["dataset"] = data.get("dataset") or ""
+    data["root"] = str(data["root"]) if data.get("root") else None
     if not data["dataset"] and not data["root"]:
         raise ValueError("Which data set? Give --dataset, as in timm's train.py, e.g. hfds/uoft-cs/cifar100.")
-    data["dataset"] = data["dataset"] or ""
-    data["split"] = data["split"] or default_split
+    data["split"] = data.get("split") or default_split
     if data["split"] is None:
         raise ValueError("Which split? Give --split, held out of training, e.g. 'train[45000:]'.")
-    data["root"] = str(data["root"]) if data["root"] else None
+    if run and not moved and not data["dataset"] and not data.get("class_map"):
+        data["class_map"] = training_classes(run)
     if data["dataset"].startswith("hfds/"):
         try:
             import datasets  # noqa: F401
         except ModuleNotFoundError:
             raise ModuleNotFoundError("Hub data sets need the data extra: pip install 'timm-dfs[data]'.") from None
-        data["input_key"] = data["input_key"] or "img"
-        data["target_key"] = data["target_key"] or "fine_label"
+        if not run:
+            data["input_key"] = data.get("input_key") or "img"
+            data["target_key"] = data.get("target_key") or "fine_label"
     return data
 
 
-_SAME = dict(dataset="dataset", root="data_dir", split="val_split", input_key="input_key", target_key="target_key")
+_OF_RUN = dict(
+    dataset="dataset",
+    root="data_dir",
+    split="val_split",
+    input_key="input_key",
+    target_key="target_key",
+    class_map="class_map",
+    image_mode="input_img_mode",
+    num_samples="val_num_samples",
+    trust_remote_code="dataset_trust_remote_code",
+)
+"""Arguments of the loader and the flags of ``train.py`` that set them."""
 
 
 def tracked(loader: Iterable, what: str) -> Iterable:

@@ -1,17 +1,13 @@
 """From image files and data sets to batches, prepared as a model's pretrained config says."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 
 from ..base.model import MultiExitModel
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -46,7 +42,7 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _data_config(model: MultiExitModel) -> dict:
+def data_config(model: MultiExitModel) -> dict:
     """How timm prepares images for ``model``, whose channels may have been changed."""
     config = resolve_model_data_config(model)
     if config["input_size"][0] != model.in_chans:
@@ -60,13 +56,14 @@ def _data_config(model: MultiExitModel) -> dict:
 
 
 def labels_of(model: MultiExitModel) -> tuple[str, ...]:
-    """Names of the classes; their numbers where the pretrained config has none."""
-    return tuple(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
+    """Names of the classes; their numbers unless the ``pretrained_cfg`` has as many names as the model has classes."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return tuple(names if len(names) == model.num_classes else map(str, range(model.num_classes)))
 
 
 def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
     """A batch (B, C, H, W) from RGB images, resized, cropped and normalised for ``model``, on its device."""
-    config = _data_config(model)
+    config = data_config(model)
     transform = create_transform(**config, is_training=False)
     if model.in_chans == 1:
         images = [image.convert("L") for image in images]
@@ -75,61 +72,7 @@ def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
 
 def as_pictures(model: MultiExitModel, images: torch.Tensor) -> list[Image.Image]:
     """What a batch (B, C, H, W) prepared for ``model`` looks like: normalisation undone, RGB or grey."""
-    config = _data_config(model)
+    config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     pixels = ((images.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
     return [Image.fromarray(each[..., 0] if model.in_chans == 1 else each) for each in pixels]
-
-
-def dataset_loader(
-    model: MultiExitModel,
-    dataset: str,
-    root: str | None,
-    split: str,
-    input_key: str | None,
-    target_key: str | None,
-    batch_size: int,
-    workers: int,
-    samples: int | None = None,
-) -> "DataLoader":
-    """timm's evaluation loader over a data set, named as in timm's ``train.py``.
-
-    Args:
-        samples: How many to draw, at random and always the same; by default all, in order.
-
-    Raises:
-        ValueError: If the data set is empty or its first sample cannot be read.
-    """
-    columns: dict[str, Any] = dict(input_key=input_key, target_key=target_key)
-    try:
-        data = create_dataset(
-            dataset,
-            root=root,
-            split=split,
-            is_training=False,
-            **{key: column for key, column in columns.items() if column},
-        )
-        data[0]
-    except (KeyError, IndexError, TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "
-            f"{input_key!r} and {target_key!r} ({type(error).__name__}: {error}): give those it has."
-        ) from error
-    config = _data_config(model)
-    loader = create_loader(
-        data,
-        input_size=config["input_size"],
-        batch_size=batch_size,
-        use_prefetcher=False,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        num_workers=workers,
-        persistent_workers=False,
-    )
-    if samples is None:
-        return loader
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:samples].tolist()
-    return torch.utils.data.DataLoader(torch.utils.data.Subset(loader.dataset, chosen), batch_size, num_workers=workers)

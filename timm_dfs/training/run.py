@@ -1,4 +1,4 @@
-"""What a checkpoint of ``train.py`` says about the run that made it."""
+"""Record of a run of ``train.py`` in a checkpoint: the model that was trained, and everything it was trained with."""
 
 import argparse
 import pickle
@@ -10,56 +10,71 @@ import torch
 
 from ..base.objective import SETTINGS
 
+_MODEL_ARGUMENTS = dict(num_classes="num_classes", global_pool="gp", bn_eps="bn_eps")
+"""Arguments of ``timm.create_model`` and the flags of ``train.py`` that set them. Drop rates and the momentum of batch
+norm are left out: they change training only."""
+
+_UNSUPPORTED = dict(
+    naflex_loader="validated on sequences of patches (--naflex-loader), which this package does not load",
+    tta="averaged groups of consecutive predictions (--tta), which is no test-time augmentation of images",
+)
+"""Flags that change what ``train.py`` validates, in a way that is not reproduced here."""
+
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The model that a checkpoint belongs to, and the data that it was validated on.
+    """Model and arguments of a run.
 
     Attributes:
         model: Registered name.
-        model_args: Keyword arguments for ``timm.create_model``, those of training only left out.
-        dataset: ``dataset``, ``data_dir``, ``val_split``, ``input_key`` and ``target_key``, as in ``train.py``.
-        epoch: Number of the last epoch finished, from 0.
+        model_args: Keyword arguments for ``timm.create_model``; settings of the objective are left out.
+        arguments: All arguments of ``train.py``, by the names of its parser.
+        epoch: Number of the last finished epoch, from 0.
     """
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
+
+    def check_reproducible(self) -> None:
+        """Raise ``ValueError`` if ``train.py`` validated the run in a way that is not reproduced here."""
+        for flag, what in _UNSUPPORTED.items():
+            if self.arguments.get(flag):
+                raise ValueError(f"The run {what}; train and validate without that flag.")
 
 
 def read_run(file: Path) -> TrainingRun:
-    """Read it from the checkpoint's own record of ``train.py``'s arguments. Nothing but tensors and those is unpickled.
+    """Read the record from a checkpoint of ``train.py``. Only tensors and the record are unpickled.
+
+    Args:
+        file: ``last.pth.tar``, ``model_best.pth.tar`` or ``checkpoint-*.pth.tar``.
 
     Raises:
-        ValueError: If the file cannot be read or does not say which model it belongs to.
+        ValueError: If the file cannot be read or does not name its model.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        args = vars(checkpoint["args"])
-        name = args["model"]
+        arguments = dict(vars(checkpoint["args"]))
+        name = arguments["model"]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is no checkpoint of train.py that says which model it belongs to: name the model, and give the "
-            "file with --checkpoint."
+            f"{file} is no checkpoint of train.py that names its model: name the model, and give the file with "
+            "--checkpoint."
         ) from error
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"Cannot read {file} ({reason}). If writing it was interrupted, take the newest checkpoint-*.pth.tar "
-            "beside it; if it is weights alone, name the model and give the file with --checkpoint."
+            "beside it; if it holds weights alone, name the model and give the file with --checkpoint."
         ) from error
-    given = {
-        key: args.get(of)
-        for key, of in (("num_classes", "num_classes"), ("in_chans", "in_chans"), ("global_pool", "gp"))
-    }
-    given.update(args.get("model_kwargs") or {})
+    given = {key: arguments.get(flag) for key, flag in _MODEL_ARGUMENTS.items()}
+    given["in_chans"] = arguments.get("in_chans") or (arguments.get("input_size") or [None])[0]
+    given.update(arguments.get("model_kwargs") or {})
     return TrainingRun(
         model=name,
-        model_args={
-            key: value for key, value in given.items() if key not in SETTINGS and (value is not None or key == "beta")
-        },
-        dataset={key: args.get(key) for key in ("dataset", "data_dir", "val_split", "input_key", "target_key")},
+        model_args={key: value for key, value in given.items() if key not in SETTINGS and value is not None},
+        arguments=arguments,
         epoch=int(checkpoint.get("epoch", 0)),
     )

@@ -60,7 +60,7 @@ class MultiExit(MultiExitModel):
         self,
         backbone: nn.Module,
         exits: int | Sequence[str] | None = None,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "two_sided",
         head: str = "auto",
         drop_rate: float = 0.0,
@@ -173,7 +173,7 @@ class MultiExit(MultiExitModel):
         def at_exit(k: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor | None]:
             nonlocal active_rows, points
             points += 1
-            if k > deepest:  # a trace cannot stop early; it drops layers whose outputs are not used
+            if k > deepest:  # a trace or an export cannot stop early; it drops layers whose outputs are not used
                 return feature, None
             state[:] = [feature]
             onward, exit_feature = self.split(k, feature)
@@ -182,7 +182,7 @@ class MultiExit(MultiExitModel):
                 rows = visit(k, read(k, exit_feature if active_rows is None else take(exit_feature, active_rows)))
                 if rows is not None and rows.numel() == 0:
                     raise Stop
-            if k == deepest and not torch.jit.is_tracing():
+            if k == deepest and not torch.jit.is_tracing() and not torch.compiler.is_exporting():
                 raise Stop
             if rows is None:
                 return onward, None

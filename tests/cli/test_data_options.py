@@ -1,0 +1,128 @@
+"""Options of data and preparation have train.py's names and form, and a checkpoint's run gives their defaults."""
+
+import argparse
+import json
+
+import pytest
+import timm
+import torch
+from helpers import tiny_vgg
+from PIL import Image
+from typer.testing import CliRunner
+
+from timm_dfs.cli import app
+from timm_dfs.cli.base import create, repeat_options
+from timm_dfs.cli.source import DataOptions, data_of
+
+TINY = dict(depths=(1, 2), widths=(6, 8))
+
+
+def run(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folder")
+    for split, count in (("train", 3), ("validation", 2)):
+        for label, name in enumerate(("ash", "elm", "fir")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40), (80 * label, 10 * i, 0)).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=3, **TINY)
+    arguments = argparse.Namespace(
+        model="dfs_vgg7_cifar100", num_classes=3, model_kwargs=TINY, dataset="", data_dir=str(folder), data=None,
+        train_split="train", val_split="validation", input_key=None, target_key=None, class_map="", in_chans=None,
+        input_size=None, img_size=None, mean=[0.1, 0.2, 0.3], std=None, crop_pct=0.5, interpolation="", gp=None,
+    )  # fmt: skip
+    file = tmp_path_factory.mktemp("run") / "last.pth.tar"
+    torch.save(dict(epoch=0, args=arguments, state_dict=model.state_dict()), file)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "repeated"),
+    [
+        ("eval x --mean 0 0 0 --json", "eval x --mean 0 --mean 0 --mean 0 --json"),
+        ("eval x --std -1 1", "eval x --std -1 --std 1"),
+        ("info --model-kwargs exits=4 beta=0.3 NAME", "info --model-kwargs exits=4 --model-kwargs beta=0.3 NAME"),
+        ("info --model-kwargs exits=4 --model-kwargs beta=1", "info --model-kwargs exits=4 --model-kwargs beta=1"),
+        ("timm -- --mean 0 0", "timm -- --mean 0 0"),
+    ],
+)
+def test_options_of_several_values_have_train_pys_form(given, repeated):
+    assert repeat_options(given.split()) == repeated.split()
+
+
+def test_model_arguments_follow_one_option(folder):
+    shown = run("info", "dfs_vgg7_cifar100", "--model-kwargs", "beta=0.25", "depths=(1, 1)", "widths=(4, 4)", "--json")
+    data = json.loads(shown.stdout)
+    assert data["beta"] == 0.25 and len(data["exits"]) == 2
+
+
+def test_flags_of_timms_scripts_stay_as_given(tmp_path):
+    (tmp_path / "validate.py").write_text("import sys; print(sys.argv[1:])")
+    shown = run("timm", tmp_path / "validate.py", "--mean", "0", "0", "0")
+    assert "['--mean', '0', '0', '0']" in shown.stdout
+
+
+def test_a_run_gives_data_classes_and_preparation(checkpoint, folder):
+    where = data_of(checkpoint)
+    assert where["root"] == str(folder) and where["split"] == "validation"
+    assert where["class_map"] == {"ash": 0, "elm": 1, "fir": 2}
+    config = create(checkpoint, pretrained=True).pretrained_cfg
+    assert config["mean"] == (0.1, 0.2, 0.3) and config["crop_pct"] == 0.5
+    assert config["label_names"] == ("ash", "elm", "fir")
+
+
+def test_given_options_win_over_the_runs(checkpoint, folder):
+    options = DataOptions(split="train[2:4]", mean=[0.7], img_size=24)
+    assert options.where(checkpoint)["split"] == "train[2:4]"
+    model = create(checkpoint, pretrained=True)
+    options.prepare(model)
+    assert model.pretrained_cfg["mean"] == (0.7,) * 3 and model.pretrained_cfg["input_size"] == (3, 24, 24)
+    assert model.pretrained_cfg["crop_pct"] == 0.5
+
+
+def test_the_runs_images_may_have_moved(checkpoint, folder, tmp_path):
+    (tmp_path / "moved").symlink_to(folder)
+    where = data_of(checkpoint, root=tmp_path / "moved")
+    assert where["root"] == str(tmp_path / "moved") and where["dataset"] == "" and where["split"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(dict(mean=[0.1, 0.2]), "--mean is"), (dict(input_size=(1, 32, 32)), "the model takes 3 channels")],
+)
+def test_a_preparation_of_other_channels_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        DataOptions(**options).prepare(tiny_vgg())
+
+
+def test_eval_measures_what_was_asked_for(checkpoint):
+    shown = run("eval", checkpoint, "--split", "train[:4]", "--mean", "0", "0", "0", "--workers", 0, "--json")
+    assert shown.exit_code == 0, shown.output
+    data = json.loads(shown.stdout)
+    assert data["samples"] == 4 and data["split"] == "train[:4]"
+    refused = run("eval", checkpoint, "--split", "test", "--workers", 0)
+    assert refused.exit_code == 2
+
+
+def test_a_models_folder_is_a_model_and_another_is_not(tmp_path):
+    model = tiny_vgg()
+    timm.models.save_for_hf(model, tmp_path / "mine", model_args=TINY)
+    assert create(str(tmp_path / "mine"), pretrained=True).num_exits == model.num_exits
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="calibrate"):
+        create(str(tmp_path / "empty"), pretrained=True)
+
+
+def test_a_misspelt_name_gets_similar_ones():
+    with pytest.raises(ValueError, match="dfs_resnet18_cifar100"):
+        create("dfs_resnet18_cifar10", pretrained=False)

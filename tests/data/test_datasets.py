@@ -1,0 +1,196 @@
+"""Data sets give the split, the classes and the preparation that were asked for, or say what there is."""
+
+import argparse
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import tiny_vgg
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from timm_dfs.data.datasets import class_indices, class_names, dataset_loader, follow_run, open_dataset
+from timm_dfs.data.images import labels_of
+from timm_dfs.training.run import TrainingRun
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+
+
+def write_folder(root, splits, classes=CLASSES, images=4):
+    """Class folders with pictures whose red value is the class's place in the alphabet times 10, plus their number."""
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(images):
+                colour = (10 * (ord(name[0]) - ord("a")) + i, 0, 0)
+                Image.new("RGB", (32, 32), colour).save(folder / f"{i}.png")
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("folder"), ("train", "validation"))
+
+
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory):
+    """CIFAR-10 as torchvision stores it: 5 training images, 2 test images."""
+    import hashlib
+    import pickle
+
+    root = tmp_path_factory.mktemp("torch")
+    base = root / CIFAR10.base_folder
+    base.mkdir()
+
+    def write(name, labels):
+        data = np.zeros((len(labels), 3072), np.uint8)
+        content = pickle.dumps({"data": data, "labels": labels})
+        (base / name).write_bytes(content)
+        return [name, hashlib.md5(content).hexdigest()]
+
+    train = [write("data_batch_1", [0, 1, 2, 3, 4])]
+    test = [write("test_batch", [8, 9])]
+    meta = pickle.dumps({"label_names": [f"c{i}" for i in range(10)]})
+    (base / "batches.meta").write_bytes(meta)
+    md5 = hashlib.md5(meta).hexdigest()
+    return root, dict(train_list=train, test_list=test, meta=dict(CIFAR10.meta, md5=md5))
+
+
+@pytest.fixture
+def cifar10(pickled, monkeypatch):
+    root, lists = pickled
+    for name, value in lists.items():
+        monkeypatch.setattr(CIFAR10, name, value)
+    return str(root)
+
+
+# Splits.
+
+
+@pytest.mark.parametrize(
+    ("split", "chosen"),
+    [
+        ("train", range(20)),
+        ("train[5:]", range(5, 20)),
+        ("train[:5]", range(5)),
+        ("train[2:4]", range(2, 4)),
+        ("train[-3:]", range(17, 20)),
+        ("train[:10%]", range(2)),
+        ("train[90%:]", range(18, 20)),
+        ("training[5:6]", range(5, 6)),
+    ],
+)
+def test_a_slice_of_a_folder_is_those_samples(folder, split, chosen):
+    whole, data = open_dataset("", folder, "train"), open_dataset("", folder, split)
+    assert [np.asarray(image)[0, 0, 0] for image, _ in data] == [np.asarray(whole[i][0])[0, 0, 0] for i in chosen]
+
+
+def test_a_slice_of_a_torchvision_data_set_is_of_the_split_that_it_names(cifar10):
+    assert [target for _, target in open_dataset("torch/cifar10", cifar10, "train[3:]")] == [3, 4]
+    assert [target for _, target in open_dataset("torch/cifar10", cifar10, "test[:1]")] == [8]
+    assert len(open_dataset("torch/cifar10", cifar10, "validation")) == 2
+
+
+def test_a_split_that_does_not_exist_is_refused_with_those_that_do(folder, cifar10):
+    for split in ("test", "tests", "train2", "trai[3:]"):
+        with pytest.raises(ValueError, match=r"has no split '\w+'.*train, validation"):
+            open_dataset("", folder, split)
+    with pytest.raises(ValueError, match=r"torch/cifar10 has no split 'dev'.*train and test"):
+        open_dataset("torch/cifar10", cifar10, "dev")
+
+
+def test_an_empty_slice_is_refused(folder):
+    with pytest.raises(ValueError, match="20 samples; the slice is empty"):
+        open_dataset("", folder, "train[500:]")
+
+
+def test_a_root_of_class_folders_is_a_split_when_asked_for(folder):
+    assert len(open_dataset("", f"{folder}/train", ".")) == 20
+    assert len(open_dataset("", f"{folder}/train", ".[5:]")) == 15
+    with pytest.raises(ValueError, match=r"the split '\.'"):
+        open_dataset("", f"{folder}/train", "test")
+
+
+def test_a_stream_is_not_sliced():
+    with pytest.raises(ValueError, match="cannot be sliced"):
+        open_dataset("wds/x", "root", "train[5:]")
+
+
+# Classes.
+
+
+def test_names_follow_the_folders_and_the_class_map(folder, tmp_path):
+    assert class_names(class_indices(open_dataset("", folder, "train[3:]"))) == CLASSES
+    (tmp_path / "map.txt").write_text("\n".join(reversed(CLASSES)))
+    data = open_dataset("", folder, "train", class_map=str(tmp_path / "map.txt"))
+    assert class_names(class_indices(data)) == tuple(reversed(CLASSES))
+    assert class_names({"a": 0, "b": 2}) is None and class_names(None) is None
+
+
+def test_a_split_that_lacks_classes_keeps_the_others_numbers(tmp_path):
+    root = write_folder(tmp_path, ["train"])
+    write_folder(tmp_path, ["test"], classes=("bee", "eel"), images=1)
+    model = tiny_vgg()
+    ((_, targets),) = dataset_loader(model, "", root, "test", workers=0)  # by the training split beside it
+    assert targets.tolist() == [1, 4]
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    model.pretrained_cfg["label_names"] = CLASSES
+    ((_, targets),) = dataset_loader(model, "", root, "test", workers=0)  # by the model's names
+    assert targets.tolist() == [1, 4]
+
+
+def test_another_number_of_classes_is_warned_of(folder):
+    with pytest.warns(UserWarning, match="predicts 100 classes.*has 5"):
+        dataset_loader(timm.create_model("dfs_vgg7_cifar100"), "", folder, "validation", workers=0)
+
+
+def test_a_model_with_other_classes_has_numbers_for_names():
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=3)
+    assert labels_of(model) == ("0", "1", "2")
+    assert labels_of(timm.create_model("dfs_vgg7_cifar100"))[71] == "sea"
+
+
+# A run's preparation.
+
+
+def run(folder, **arguments):
+    of_parser = dict(dataset="", data_dir=folder, train_split="train", class_map="", in_chans=None, input_size=None)
+    return TrainingRun("dfs_vgg7_cifar100", arguments=dict(of_parser, **arguments))
+
+
+def test_a_runs_preparation_and_names_become_the_models(folder):
+    model = tiny_vgg()
+    follow_run(
+        model,
+        run(folder, input_size=[3, 48, 48], mean=[0.1], std=[0.2, 0.3, 0.4], crop_pct=0.5, interpolation="nearest"),
+    )
+    config = model.pretrained_cfg
+    assert config["input_size"] == (3, 48, 48) and config["mean"] == (0.1, 0.1, 0.1)
+    assert config["std"] == (0.2, 0.3, 0.4) and config["crop_pct"] == 0.5 and config["interpolation"] == "nearest"
+    assert labels_of(model) == CLASSES
+
+
+def test_where_a_runs_data_are_gone_classes_have_numbers(tmp_path):
+    model = tiny_vgg()
+    follow_run(model, run(str(tmp_path / "gone")))
+    assert labels_of(model) == tuple("01234")
+
+
+def test_images_of_a_one_channel_model_are_grey(folder):
+    model = tiny_vgg(in_chans=1)
+    ((images, _),) = dataset_loader(model, "", folder, "validation", workers=0)
+    assert images.shape == (20, 1, 32, 32)
+
+
+def test_drawn_samples_are_the_same_each_time_and_of_the_slice(folder):
+    def draw():
+        loader = dataset_loader(tiny_vgg(), "", folder, "train[10:]", workers=0, samples=4)
+        return torch.cat([targets for _, targets in loader]).tolist()
+
+    assert draw() == draw() and len(draw()) == 4 and min(draw()) >= 2
+
+
+def test_a_namespace_of_unknown_flags_is_no_error(folder):
+    follow_run(tiny_vgg(), TrainingRun("dfs_vgg7_cifar100", arguments=vars(argparse.Namespace(data_dir=folder))))

@@ -1,0 +1,289 @@
+"""Data sets, opened by timm, with the split, the classes and the image preparation that were asked for."""
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
+from torch.utils.data import IterableDataset, Subset
+
+from ..base.model import MultiExitModel
+from ..training.run import TrainingRun
+from .images import data_config, labels_of
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+_STREAMS = ("hfids/", "tfds/", "wds/")
+_NATIVE_SLICES = ("hfds/", "tfds/")
+"""Prefixes of data sets whose own library understands ``split[a:b]``."""
+
+_SLICE = re.compile(r"(?P<name>[^\[]*)\[(?P<start>-?\d*%?):(?P<stop>-?\d*%?)\]")
+
+_READ_ERRORS = (KeyError, IndexError, TypeError, AssertionError, RuntimeError)
+
+
+def open_dataset(
+    dataset: str,
+    root: str | None,
+    split: str,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    class_map: str | Mapping[str, int] | None = None,
+    image_mode: str = "RGB",
+    batch_size: int = 1,
+    num_samples: int | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Open a data set by timm's name of it.
+
+    Args:
+        dataset: As ``train.py --dataset``: ``""`` for a folder of class folders, else ``hfds/``, ``hfids/``, ``wds/``,
+            ``tfds/`` or ``torch/`` and a name.
+        root: As ``train.py --data-dir``.
+        split: Name of the split, perhaps with a slice: ``train[45000:]``, ``test[:10%]``. For a folder, the name of a
+            folder in ``root`` (or timm's synonym of it), or ``"."`` for ``root`` itself.
+        input_key: Column of the images, where the data set has columns.
+        target_key: Column of the targets.
+        class_map: As ``train.py --class-map``, or a mapping from class names to indices.
+        image_mode: Pillow's mode that images are converted to.
+        batch_size: For streams.
+        num_samples: Samples of a stream that does not tell.
+        trust_remote_code: As ``train.py --dataset-trust-remote-code``.
+
+    Returns:
+        A data set of (PIL image, target).
+
+    Raises:
+        ValueError: If there is no such split; the message lists those that exist.
+    """
+    matched = _SLICE.fullmatch(split)
+    ours = matched is not None and not dataset.lower().startswith(_NATIVE_SLICES)
+    name = matched["name"] if ours and matched else split
+    if ours and dataset.lower().startswith(_STREAMS):
+        raise ValueError(f"split is {split!r}; a stream cannot be sliced, give a whole split of {dataset!r}.")
+    kind, _, own_name = dataset.partition("/")
+    extra: dict[str, Any] = dict(input_key=input_key, target_key=target_key)
+    if not dataset:
+        root, search = _folder(root, name), False
+    else:
+        search = True
+        if kind.lower() == "torch":
+            _check_torchvision_split(own_name, root, name)
+    data = create_dataset(
+        dataset,
+        root=root,
+        split=name,
+        search_split=search,
+        is_training=False,
+        class_map=class_map or "",  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_samples=num_samples,
+        input_img_mode=image_mode,
+        trust_remote_code=trust_remote_code,
+        **{key: value for key, value in extra.items() if value},
+    )
+    if not ours or matched is None:
+        return data
+    start, stop = (_position(matched[end], len(data)) for end in ("start", "stop"))
+    chosen = range(len(data))[slice(start, stop)]
+    if not chosen:
+        raise ValueError(f"split is {split!r}, but {name!r} has {len(data)} samples; the slice is empty.")
+    return Subset(data, chosen)
+
+
+def _position(text: str, samples: int) -> int | None:
+    """Index that one end of a slice names; percentages are rounded, as by the ``datasets`` library."""
+    if not text:
+        return None
+    return round(samples * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+def _folder(root: str | None, split: str) -> str:
+    """Folder of a split, found as timm finds it, but never another one than asked for."""
+    if root is None or not Path(root).exists():
+        raise ValueError(f"The root of the data set is {root}, which does not exist; give --data-dir.")
+    if split == ".":
+        return root
+    folder = _search_split(root, split) if os.path.isdir(root) else root
+    if not split or folder == root:
+        there = sorted(entry.name for entry in Path(root).iterdir() if entry.is_dir()) if os.path.isdir(root) else []
+        raise ValueError(
+            f"{root} has no split {split!r}; it has the folders {', '.join(there[:20]) or 'none'}"
+            f"{', …' if len(there) > 20 else ''}. If it holds the class folders itself, give the split '.'."
+        )
+    return folder
+
+
+def _check_torchvision_split(name: str, root: str | None, split: str) -> None:
+    """Refuse a name that timm would take for torchvision's test split, or for the whole of a folder."""
+    name = name.rpartition("/")[2].lower()
+    if name in ("folder", "image_folder"):
+        _folder(root, split)
+    elif name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"):
+        known = [*_TRAIN_SYNONYM, *_EVAL_SYNONYM, "test"]
+        if split not in known:
+            raise ValueError(f"torch/{name} has no split {split!r}; it has train and test (as {', '.join(known)}).")
+
+
+def class_indices(data: Any) -> dict[str, int] | None:
+    """Index of each class by its name, in a data set that :func:`open_dataset` opened; ``None`` if it has no names."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    reader = getattr(data, "reader", None)
+    if reader is not None:
+        indices = getattr(reader, "class_to_idx", None) or None
+        return {str(name): index for name, index in indices.items()} if indices else None
+    names = getattr(data, "classes", None)  # torchvision's
+    return {str(name): index for index, name in enumerate(names)} if names else None
+
+
+def class_names(indices: Mapping[str, int] | None) -> tuple[str, ...] | None:
+    """Names of classes 0, 1, …; ``None`` unless every index has exactly one name."""
+    if not indices or sorted(indices.values()) != list(range(len(indices))):
+        return None
+    return tuple(sorted(indices, key=indices.__getitem__))
+
+
+def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
+    """Prepare images and name classes as a run of ``train.py`` did, by the model's ``pretrained_cfg``.
+
+    Input size, mean, standard deviation, crop and interpolation are what ``train.py`` validated with. Names of the
+    classes are those of its training split, if that is at hand, else numbers.
+
+    Args:
+        model: The trained model; its ``pretrained_cfg`` is changed.
+        run: The run.
+
+    Raises:
+        ValueError: If ``train.py`` validated the run in a way that is not reproduced here.
+    """
+    run.check_reproducible()
+    config = resolve_data_config(run.arguments, model=model)
+    config["crop_mode"] = "center"  # train.py passes no other to its validation
+    model.pretrained_cfg.update(config)
+    names = class_names(training_classes(run.arguments))
+    model.pretrained_cfg["label_names"] = names if names and len(names) == model.num_classes else None
+
+
+def training_classes(arguments: Mapping[str, Any]) -> dict[str, int] | None:
+    """Index of each class by its name in a run's training split; ``None`` if it is not at hand or has no names."""
+    dataset = arguments.get("dataset") or ""
+    if dataset.lower().startswith(_STREAMS):  # opening a stream downloads
+        return None
+    try:
+        return class_indices(
+            open_dataset(
+                dataset,
+                arguments.get("data_dir") or arguments.get("data"),
+                arguments.get("train_split") or "train",
+                arguments.get("input_key"),
+                arguments.get("target_key"),
+                arguments.get("class_map"),
+            )
+        )
+    except (*_READ_ERRORS, OSError, ValueError, ImportError):
+        return None
+
+
+def dataset_loader(
+    model: MultiExitModel,
+    dataset: str,
+    root: str | None,
+    split: str,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    batch_size: int = 128,
+    workers: int = 1,
+    samples: int | None = None,
+    class_map: str | Mapping[str, int] | None = None,
+    image_mode: str | None = None,
+    num_samples: int | None = None,
+    trust_remote_code: bool = False,
+) -> "DataLoader":
+    """timm's evaluation loader over a data set, prepared as the model's ``pretrained_cfg`` says.
+
+    A folder of class folders is numbered by ``class_map``; else by the model's class names, where all folders have
+    such a name, and then by the training split beside it: a split that lacks a class keeps the others' numbers.
+
+    Args:
+        model: The model that is to be evaluated.
+        samples: Samples to draw at random, always the same; by default all, in order.
+        image_mode: Pillow's mode; by default RGB, or L for a model of one channel.
+
+    Other arguments as for :func:`open_dataset`.
+
+    Raises:
+        ValueError: If the data set is empty or its first sample cannot be read.
+    """
+    config = data_config(model)
+    options: dict[str, Any] = dict(
+        input_key=input_key,
+        target_key=target_key,
+        image_mode=image_mode or ("L" if model.in_chans == 1 else "RGB"),
+        batch_size=batch_size,
+        num_samples=num_samples,
+        trust_remote_code=trust_remote_code,
+    )
+    stream = dataset.lower().startswith(_STREAMS)
+    try:
+        if not dataset and class_map is None:
+            class_map = _known_classes(model, root, split)
+        data = open_dataset(dataset, root, split, class_map=class_map, **options)
+        next(iter(data)) if stream else data[0]
+    except (*_READ_ERRORS, StopIteration) as error:
+        raise ValueError(
+            f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "
+            f"{input_key!r} and {target_key!r} ({type(error).__name__}: {error}): give those it has."
+        ) from error
+    _warn_of_other_classes(model, class_indices(data), f"{dataset or root}, split {split}")
+    subset = data if isinstance(data, Subset) else None
+    whole: Any = data if subset is None else subset.dataset
+    loader = create_loader(
+        whole,  # its transform is set
+        input_size=config["input_size"],
+        batch_size=batch_size,
+        use_prefetcher=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        num_workers=workers,
+        persistent_workers=False,
+    )
+    if samples is not None:
+        if isinstance(loader.dataset, IterableDataset):
+            raise ValueError(f"{dataset!r} is a stream, of which samples cannot be drawn; give hfds/ or a folder.")
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:samples].tolist()
+        subset = Subset(data, chosen)
+    if subset is None:
+        return loader
+    return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers)
+
+
+def _known_classes(model: MultiExitModel, root: str | None, split: str) -> dict[str, int] | None:
+    """Numbers of a folder's classes: those that the model's names give, else those of the training split beside it."""
+    own = class_indices(open_dataset("", root, split))
+    names = {name: index for index, name in enumerate(labels_of(model))}
+    if own and own.keys() <= names.keys():
+        return names
+    try:
+        training = class_indices(open_dataset("", root, "train"))
+    except (ValueError, RuntimeError):
+        return own
+    return training if own and training and own.keys() <= training.keys() else own
+
+
+def _warn_of_other_classes(model: MultiExitModel, indices: Mapping[str, int] | None, where: str) -> None:
+    if indices and len(set(indices.values())) != model.num_classes:
+        warnings.warn(
+            f"The model predicts {model.num_classes} classes, but {where} has {len(set(indices.values()))}: accuracy "
+            "means nothing unless the first of them are the same.",
+            stacklevel=3,
+        )

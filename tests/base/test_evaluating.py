@@ -1,14 +1,16 @@
-"""Models and images that cannot be evaluated are refused, and unlikely ones give a warning."""
+"""Models and images that cannot be evaluated are refused, unlikely ones give a warning, and shapes need no data."""
 
 import warnings
 
 import pytest
+import torch
 from helpers import images, tiny_vgg
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import timm_dfs
+from timm_dfs.base.evaluating import BATCH, on_shapes
 
 
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, ModelEmaV3, AveragedModel])
@@ -50,3 +52,43 @@ def test_images_of_a_similar_size_give_no_warning(size):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         timm_dfs.predict(tiny_vgg(), images(1, size=size), timm_dfs.ExitPolicy([0, 0, 0]))
+
+
+class Mixing(nn.Module):
+    """A layer that keeps a tensor from its last forward pass, and adds one that is always on the CPU."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("scale", torch.ones(1))
+        self.table = torch.ones(3)
+        self.constant = constant
+
+    def forward(self, x):
+        self.last = x
+        x = x * (self.weight * self.scale * self.table)[:, None, None]
+        return x + torch.zeros(3, 1, 1, device="cpu") if self.constant else x
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["no constant", "constant on the cpu"])
+def test_shapes_are_computed_without_data_and_the_model_stays_as_it_was(constant):
+    model = Mixing(constant).train()
+    before = dict(model.__dict__, **model.state_dict(keep_vars=True))
+    devices = []
+
+    def shape_of(images):
+        devices.append(images.device.type)
+        return model(images).shape
+
+    assert on_shapes(model, (3, 8, 6), shape_of) == (BATCH, 3, 8, 6)
+    assert devices == (["meta", "cpu"] if constant else ["meta"])
+    after = dict(model.__dict__, **model.state_dict(keep_vars=True))
+    assert list(after) == list(before) and all(after[name] is value for name, value in before.items())
+    assert model.training and model.weight.device.type == "cpu"
+
+
+def test_an_error_in_a_pass_without_data_is_raised_and_the_model_stays_as_it_was():
+    model = Mixing(False)
+    with pytest.raises(ZeroDivisionError):
+        on_shapes(model, (3, 8, 6), lambda images: 1 / 0)
+    assert model.weight.device.type == model.scale.device.type == model.table.device.type == "cpu" and model.training

@@ -4,8 +4,9 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ BATCH = 7
 MOST_RESIZED = 3
 """Largest factor, without a warning, between the size of images and the size that the model was built for. Evaluation
 at a somewhat larger size than in training is common (FixRes, arXiv 1906.06423)."""
+
+Result = TypeVar("Result")
 
 _MODES = threading.RLock()
 
@@ -109,16 +112,49 @@ def without_data(model: nn.Module, input_size: Sequence[int]) -> Iterator[torch.
         input_size: (channels, height, width) of an image.
     """
     parameter = next(model.parameters())
-    before = [(module.__dict__, module.__dict__.copy(), _tables(module)) for module in model.modules()]
-    model.eval()
     _FAKE_TENSOR_LOG.addFilter(_drop)  # shapes that do not fit raise an error and are logged as well
     try:
         # Parameters on the meta device have no data and need no fake tensors, which are much slower.
         shapes_only = nullcontext() if parameter.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
-        with shapes_only, torch.no_grad():
+        with _restored(model), shapes_only, torch.no_grad():
             yield torch.empty(BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
     finally:
         _FAKE_TENSOR_LOG.removeFilter(_drop)
+
+
+def on_shapes(model: nn.Module, input_size: Sequence[int], compute: Callable[[torch.Tensor], Result]) -> Result:
+    """Return ``compute(images)`` for images without data, as :func:`without_data` yields them, in less time.
+
+    The model's tensors are on the meta device meanwhile, which is three to nine times faster than fake tensors. If
+    that fails, as for a model that creates tensors on a fixed device, ``compute`` is called again with fake tensors.
+
+    Args:
+        model: A model, on any device.
+        input_size: (channels, height, width) of an image.
+        compute: Function of the images; it may be called twice.
+    """
+    try:
+        with _restored(model), torch.no_grad():
+            dtype = next(model.parameters()).dtype
+            tables: Any = [
+                table for part in model.modules() for table in (part._parameters, part._buffers, part.__dict__)
+            ]
+            for table in tables:
+                table.update({key: value.to("meta") for key, value in table.items() if torch.is_tensor(value)})
+            return compute(torch.empty(BATCH, *input_size, device="meta", dtype=dtype))
+    except Exception:  # an error with another cause is raised again below
+        with without_data(model, input_size) as images:
+            return compute(images)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode for the duration; afterwards its modules have the attributes that they had before."""
+    before = [(module.__dict__, module.__dict__.copy(), _tables(module)) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
         for attributes, values, tables in before:
             attributes.clear()
             attributes.update(values)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.evaluating import BATCH, without_data
+from ..base.evaluating import BATCH, on_shapes
 from .families import family_of
 from .taps import last_called
 
@@ -137,17 +137,20 @@ def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) 
 
 def _run(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[tuple[str, torch.Size]]:
     """Shapes of the features at the exit points, in the order of the forward pass."""
-    seen: list[tuple[str, torch.Size]] = []
     modules = dict(backbone.named_modules())
     element = family_of(backbone).element
-    handles = [modules[name].register_forward_hook(_Probe(name, element, seen)) for name in names]
-    try:
-        with without_data(backbone, input_size) as images:
+
+    def shapes_of(images: torch.Tensor) -> list[tuple[str, torch.Size]]:
+        seen: list[tuple[str, torch.Size]] = []
+        handles = [modules[name].register_forward_hook(_Probe(name, element, seen)) for name in names]
+        try:
             backbone.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    return on_shapes(backbone, input_size, shapes_of)
 
 
 def _describe(

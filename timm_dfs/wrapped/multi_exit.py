@@ -7,7 +7,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from ..base.evaluating import BATCH, without_data
+from ..base.evaluating import BATCH, on_shapes
 from ..base.heads import Classifiers, check_num_classes
 from ..base.model import MultiExitModel, Reader, Visitor, refuse_reentrant
 from ..base.partition import Onward, Partition
@@ -121,16 +121,20 @@ class MultiExit(MultiExitModel):
     the backbone stores the batch size, samples that have exited are still computed."""
 
     def _can_shrink(self, input_size: tuple[int, int, int]) -> bool:
+        def sizes_of(images: torch.Tensor) -> list[int]:
+            sizes = []
+
+            def visit(exit_index: int, logits: torch.Tensor) -> torch.Tensor | None:
+                sizes.append(len(logits))
+                rows = torch.arange(1, len(logits), device=logits.device)
+                return rows if exit_index < self.num_exits - 1 else None
+
+            self.walk(images, visit)
+            return sizes
+
         self.shrinks = True
-        sizes: list[int] = []
-
-        def visit(exit_index: int, logits: torch.Tensor) -> torch.Tensor | None:
-            sizes.append(len(logits))
-            return torch.arange(1, len(logits)) if exit_index < self.num_exits - 1 else None
-
         try:
-            with without_data(self, input_size) as images:
-                self.walk(images, visit)
+            sizes = on_shapes(self, input_size, sizes_of)
         except Exception:  # any error that a smaller batch raises in the deeper layers
             return False
         return sizes == [max(BATCH - k, 1) for k in range(self.num_exits)]

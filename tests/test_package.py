@@ -29,6 +29,16 @@ print([module for module in {heavy} if module in sys.modules and module not in b
     assert fresh(code) == "[]"
 
 
+def test_importing_takes_little_time_on_top_of_timm():
+    code = """
+import time, timm
+start = time.process_time()
+import timm_dfs
+print(time.process_time() - start)
+"""
+    assert float(fresh(code)) < 0.3
+
+
 def test_every_public_name_exists_and_is_documented():
     for name in timm_dfs.__all__:
         assert getattr(timm_dfs, name).__doc__, name

@@ -1,4 +1,4 @@
-"""Cards come from results and templates alone, say what was measured, and are never older than it."""
+"""Cards are generated from results and templates only, state the measurements, and are up to date."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def results(name):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of a shipped folder without its weights, in a checkout of its own."""
+    """A copy of a published folder without its weights, in a checkout of its own."""
     copy = tmp_path / "hub" / SHIPPED[0]
     shutil.copytree(ROOT / "hub" / SHIPPED[0], copy, ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copy(ROOT / card.FAMILY_CARD_FILE, tmp_path)
@@ -98,7 +98,7 @@ def test_a_twins_card_names_its_base_model(folder):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_card_says_how_it_was_trained_and_what_each_exit_does(name):
+def test_a_card_states_the_training_and_the_accuracy_of_each_exit(name):
     text = card.card(ROOT / "hub" / name)
     measured = results(name)
     assert f"Trained for {measured['training']['epochs']} epochs" in text
@@ -135,7 +135,7 @@ def test_a_card_gives_the_time_in_a_unit_that_fits(folder, hours, words):
     assert words in card.card(folder)
 
 
-def test_a_card_says_what_a_preset_loses_against_the_last_exit_on_the_test_split(folder):
+def test_a_card_states_what_a_preset_loses_against_the_last_exit_on_the_test_split(folder):
     def change(results):
         results["test"]["top1"][-1] = 60.0
         results["test"]["presets"]["fast"]["top1"] = 58.75

@@ -1,4 +1,4 @@
-"""What is shipped: the folders under hub/ load, agree with themselves, and their cards come from their results."""
+"""The published folders under hub/ load, match their results, and have cards generated from them."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_a_shipped_file_is_half_precision_and_small(name):
     assert (HUB / name / "model.safetensors").stat().st_size < 20e6
 
 
-def test_the_readmes_word_on_which_weights_are_better_is_the_results():
+def test_the_readmes_comparison_of_the_weights_matches_the_results():
     readme = " ".join((HUB.parent / "README.md").read_text().split())
     assert "On the held-out images joint training is ahead at every exit" in readme
     assert "on the test images DFS is ahead at the first exit only" in readme

@@ -1,4 +1,4 @@
-"""From a checkpoint of train.py's to a folder that publishing takes."""
+"""Export of a checkpoint of train.py to a folder that can be published."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ RECIPES = ROOT / "recipes"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A tiny data set with a split to hold out and one to test on."""
+    """A tiny data set with a held-out split and a test split."""
     folder = tmp_path_factory.mktemp("data")
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(num_classes=10)})
     for seed, split in enumerate(("validation", "test")):
@@ -132,7 +132,7 @@ def test_the_points_shipped_are_by_the_confidence_with_which_they_cost_least():
 
 @pytest.fixture
 def ship(checkpoint, data, tmp_path, monkeypatch):
-    """recipes/ship.py on the run and a recipe, into a hub of its own: the folder's name and its results."""
+    """A function that calls recipes/ship.py on the run and a recipe, and returns the folder and its results."""
     recipe, script = tmp_path / "mine.yaml", tmp_path / "recipes" / "ship.py"
     settings = dict(model="dfs_vgg7_cifar100", epochs=3, dataset="hfds/made/up", train_split="validation", amp=True)
     recipe.write_text(yaml.safe_dump(settings))
@@ -182,14 +182,14 @@ def test_a_run_that_is_not_its_recipes_is_not_shipped(ship, capsys, changed, why
     assert why in capsys.readouterr().err
 
 
-def test_a_run_in_another_precision_is_shipped_and_its_card_says_so(ship):
+def test_a_run_in_another_precision_is_shipped_and_its_card_states_it(ship):
     folder, results = ship(amp=False)
     assert results["training"]["other_than_recipe"] == dict(amp=False)
     assert "- settings other than the recipe's: amp False\n" in (folder / "README.md").read_text()
     assert "other than the recipe's" not in (ship()[0] / "README.md").read_text()
 
 
-def test_a_run_from_another_machine_says_on_what_it_trained(ship, data, tmp_path, capsys):
+def test_a_run_from_another_machine_must_name_its_hardware(ship, data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         ship(device="cuda")
     assert "the run trained on cuda; say on what in" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Publishing changes a repository in one commit or not at all, whatever fails on the way, and says nothing secret."""
+"""Publishing changes a repository in one commit or not at all, whatever fails, and never reveals the token."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def contents(folder):
 
 
 def remote(server, branch="main"):
-    """What the repository holds, or None."""
+    """The files of the repository, or None."""
     if REPO not in server.repositories:
         return None
     files = dict(server.repositories[REPO].at(branch).files)
@@ -125,7 +125,7 @@ def test_files_that_are_not_the_folders_are_left_alone_and_named(whole, server):
     assert remote(server)["notes.txt"] == b"mine"
 
 
-def test_somebody_elses_commit_in_between_is_not_overwritten(whole, server, monkeypatch):
+def test_a_commit_made_in_between_is_not_overwritten(whole, server, monkeypatch):
     publish(whole, REPO)
     route = server.RequestHandlerClass.validate_yaml
 
@@ -139,7 +139,7 @@ def test_somebody_elses_commit_in_between_is_not_overwritten(whole, server, monk
     assert remote(server) == {"README.md": b"theirs"}
 
 
-# What is not uploaded.
+# Folders that are not uploaded.
 
 
 def edit(file, change):
@@ -216,7 +216,7 @@ def test_a_cards_metadata_passes_huggingface_hubs_validator_and_a_spoilt_one_doe
             spoilt.validate()
 
 
-# Faults. Each stays for a whole run; then it is lifted and publishing is repeated.
+# Faults. Each lasts for a whole run; then it is removed and publishing is repeated.
 
 PUBLISHING = {**FAULTS, "500 after": Fault(status=500, after=True)}
 REQUESTS = (

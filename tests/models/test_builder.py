@@ -1,4 +1,4 @@
-"""Weights come through timm's own routes, fit or say why not, and bring no code along."""
+"""Weights load through timm's own routes, fit or are refused with a reason, and never execute code."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def make(request):
 
 
 def loaded(make, file, classes_in_file=5, **kwargs):
-    """A tiny network with a file's weights; its config says how many classes the file has."""
+    """A tiny network with a file's weights; its config gives the file's number of classes."""
     overlay = dict(file=str(file), num_classes=classes_in_file)
     return make(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
@@ -46,7 +46,7 @@ def equal_states(model, other):
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
-# What loads.
+# Weights that load.
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -160,7 +160,7 @@ def test_no_classes_load_as_a_feature_extractor(make, tmp_path):
     assert torch.equal(again(images()), pooled)
 
 
-# What does not load, and what is said.
+# Weights that are refused, and the messages.
 
 
 def test_weights_that_lack_a_tensor_are_refused_by_its_name(make, tmp_path):
@@ -172,9 +172,9 @@ def test_weights_that_lack_a_tensor_are_refused_by_its_name(make, tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_weights_with_a_strange_tensor_are_refused_by_its_name(make, tmp_path):
-    state = dict(make().state_dict(), stranger=torch.zeros(1))
-    with pytest.raises(ValueError, match=r"1 unknown \(stranger\)"):
+def test_weights_with_an_unknown_tensor_are_refused_by_its_name(make, tmp_path):
+    state = dict(make().state_dict(), unexpected=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"1 unknown \(unexpected\)"):
         loaded(make, saved(state, tmp_path / "strange.safetensors"))
 
 
@@ -246,7 +246,7 @@ def test_a_pickle_that_runs_commands_is_refused_and_not_run(place, tmp_path):
     assert str(file) in str(error.value)
     assert not trace.exists()
     torch.load(file, weights_only=False)
-    assert trace.exists()  # the attack works on those who unpickle it
+    assert trace.exists()  # the attack works where the file is unpickled
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -257,7 +257,7 @@ def test_a_file_that_does_not_exist_is_not_found_by_its_path(suffix, tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_a_model_without_trained_weights_says_so_and_how_to_get_some():
+def test_a_model_without_trained_weights_is_refused_with_ways_to_get_some():
     with pytest.raises(ValueError, match="no trained weights for dfs_vgg16_imagenet") as error:
         timm.create_model("dfs_vgg16_imagenet", pretrained=True, device="meta")
     assert "train.py" in str(error.value) and "pretrained=False" in str(error.value)
@@ -342,7 +342,7 @@ def package(tmp_path, monkeypatch):
     return model, saved(model.state_dict(), folder / "model.safetensors")
 
 
-def test_packaged_weights_bring_their_own_settings(package):
+def test_packaged_weights_load_with_their_own_settings(package):
     model, file = package
     overlay = dict(file=str(file), num_classes=5)
     again = timm.create_model("dfs_vgg7_cifar100", pretrained=True, pretrained_cfg_overlay=overlay)

@@ -1,4 +1,4 @@
-"""Every architecture of timm's keeps the contract with exits, on no data; and the page that says so is of this code."""
+"""Every timm architecture keeps the contract with exits, without data; the coverage page is up to date."""
 
 import re
 
@@ -15,7 +15,7 @@ SHARDS = 32
 
 @pytest.mark.coverage
 @pytest.mark.parametrize("shard", range(SHARDS))
-def test_every_architecture_answers_at_exits_whose_cost_rises(shard):
+def test_every_architecture_predicts_at_exits_whose_cost_rises(shard):
     found = {base: faults(examine(base)) for base in BASES[shard::SHARDS]}
     assert {base: wrong for base, wrong in found.items() if wrong} == {}
 

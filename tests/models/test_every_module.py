@@ -1,4 +1,4 @@
-"""The smallest network of each of timm's modules keeps the contract with exits, computed for real."""
+"""The smallest network of each timm module keeps the contract of a network with exits, on real data."""
 
 import pytest
 import timm
@@ -108,11 +108,11 @@ SMALLEST = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p8_224",
 }
-"""By module of timm's."""
+"""By timm module."""
 
 SIZES = {"byoanet": 256, "crossvit": 240, "deepseek_vit": 112, "efficientformer": 224, "inception_resnet_v2": 96}
 SIZES |= {"inception_v3": 160, "inception_v4": 160}
-"""Of images, where a network does not take :data:`SIZE`."""
+"""Image sizes of networks that do not take :data:`SIZE`."""
 
 SIZE = 64
 
@@ -141,7 +141,7 @@ def batch(module):
 
 @pytest.fixture(scope="module")
 def model(module, batch):
-    """With norms that know these images, and early exits that tell them apart, as they do when trained."""
+    """The model with normalisation statistics of these images, and early exits that distinguish them."""
     torch.manual_seed(0)
     model = made(module)
     for part in model.modules():
@@ -169,7 +169,7 @@ def made(module):
 
 
 @torch.no_grad()
-def test_every_exit_answers_and_the_last_as_timms_own_model_does(model, batch):
+def test_every_exit_predicts_and_the_last_as_timms_own_model_does(model, batch):
     answers = model.forward_exits(batch)
     assert len(answers) >= 3
     assert all(answer.shape == (BATCH, CLASSES) and answer.isfinite().all() for answer in answers)
@@ -178,7 +178,7 @@ def test_every_exit_answers_and_the_last_as_timms_own_model_does(model, batch):
 
 
 @torch.no_grad()
-def test_a_batch_is_answered_as_its_samples_are(model, batch):
+def test_a_batch_is_predicted_as_its_samples_are(model, batch):
     answers = torch.stack(model.forward_exits(batch))
     confidence = answers.softmax(-1).amax(-1)
     first = confidence[0].sort().values[-2:].mean().item()  # half way, so that rounding changes nobody's exit

@@ -39,7 +39,7 @@ def make(request):
     return TINY[request.param]
 
 
-# What forward gives.
+# Outputs of forward.
 
 
 def test_in_training_forward_gives_every_exits_logits(make):
@@ -119,7 +119,7 @@ def test_a_walk_to_an_exit_that_does_not_exist_is_refused(exits):
     assert str(exits) in str(error.value)
 
 
-# What partitioning changes, and what not.
+# Effects of the partition.
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
@@ -139,7 +139,7 @@ def test_without_referencing_logits_differ_from_the_unpartitioned_networks(make)
 
 
 def exit_feature_gradients(model):
-    """Per exit k, the gradients that each exit's loss sends to the feature at exit k: {(k, of): (C,) or None}."""
+    """For each exit k, the gradients of every exit's loss at the feature of exit k: {(k, of): (C,) or None}."""
     features = []
     handles = [
         partition.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
@@ -225,7 +225,7 @@ def test_the_default_is_half_partitioned_with_the_official_referencing(name):
 # Joint training through timm.
 
 
-def test_joint_training_is_said_with_a_word(make):
+def test_joint_training_is_beta_joint(make):
     model = make(beta="joint")
     assert model.beta == "joint"
     assert all(partition.beta == "joint" for partition in model.partitions)
@@ -391,7 +391,7 @@ def test_grey_images_work(make):
 # Copies.
 
 
-def test_a_deep_copy_answers_alike_and_shares_no_parameter(make):
+def test_a_deep_copy_predicts_alike_and_shares_no_parameter(make):
     model = settled(make())
     twin = copy.deepcopy(model)
     assert torch.equal(torch.stack(twin.forward_exits(images())), torch.stack(model.forward_exits(images())))
@@ -402,13 +402,13 @@ def test_a_deep_copy_answers_alike_and_shares_no_parameter(make):
     assert torch.equal(model(images()), before)
 
 
-def test_a_state_dict_makes_another_model_answer_alike(make):
+def test_a_state_dict_makes_another_model_predict_alike(make):
     model = settled(make())
     twin = same_weights(model, make())
     assert torch.equal(twin(images()), model(images()))
 
 
-def test_a_pickled_model_answers_alike(make):
+def test_a_pickled_model_predicts_alike(make):
     model = settled(make())
     assert torch.equal(pickle.loads(pickle.dumps(model))(images()), model(images()))
     file = io.BytesIO()
@@ -474,7 +474,7 @@ def test_cifar_100_configs_name_its_hundred_classes_in_the_data_sets_order():
         assert names[0] == "apple" and names[-1] == "worm"
 
 
-# MSDNet's knobs.
+# MSDNet's arguments.
 
 
 @pytest.mark.parametrize(
@@ -502,13 +502,13 @@ def test_msdnets_knobs_build_networks_with_the_exits_asked_for(knobs):
     assert next(model.parameters()).grad.any()
 
 
-def test_exits_sit_where_base_and_step_say():
+def test_exits_are_at_the_layers_given_by_base_and_step():
     assert tiny_msdnet(exits=4, base=4, step=2).exit_layers == [4, 6, 8, 10]
     assert tiny_msdnet(exits=4, base=4, step=2, step_mode="lin_grow").exit_layers == [4, 7, 12, 19]
     assert tiny_msdnet(exits=1, base=4).exit_points == ("layers.3.0",)
 
 
-def test_switched_off_knobs_leave_their_layers_out():
+def test_arguments_that_are_switched_off_build_no_layers():
     def convolutions(**knobs):
         return sum(isinstance(m, nn.Conv2d) for m in tiny_msdnet(**knobs).modules())
 
@@ -621,7 +621,7 @@ def test_no_scales_are_refused():
 
 @pytest.mark.parametrize(("growth_rate", "factors"), [(5, (1, 1)), (1, (1, 1)), (3, (1, 3))])
 def test_a_growth_that_does_not_halve_is_refused_or_works(growth_rate, factors):
-    """A coarser scale's new channels come half from the finer scale and half from its own."""
+    """Half of a coarser scale's new channels come from the finer scale, half from its own."""
     try:
         model = tiny_msdnet(growth_rate=growth_rate, growth_factors=factors, bottleneck_factors=factors)
     except ValueError as error:

@@ -36,7 +36,7 @@ CASES = {
 
 
 def official_model(case, folder, weights=None):
-    """The case's model, loaded from an official checkpoint file through timm's own route."""
+    """The case's model, loaded from an official checkpoint file by timm."""
     name, network, settings = CASES[case]
     golden = json.loads((DATA / "parity" / f"{case}.json").read_text())
     shapes = golden.get("shapes", OFFICIAL_SHAPES[network])
@@ -84,7 +84,7 @@ def test_official_checkpoint_gives_the_official_logits_and_gradients(case, tmp_p
 
 
 def same_in_golden(key, grads):
-    """The official ViT has some blocks twice under two names, and its golden gradients under one of them."""
+    """The official ViT holds some blocks under two names; the golden gradients are stored under one of them."""
     return key if grads.get(key) is not None else f"backbone_model.{key}"
 
 

@@ -1,4 +1,4 @@
-"""timm's own model tests, from its source distribution, on our models."""
+"""timm's own model tests, from its source distribution, on the models of this package."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every architecture of timm's has a twin with exits, and weights reach it whatever their keys."""
+"""Every architecture of timm has a twin with exits, which loads its own and its base's weights."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ def x(batch=3, size=64, **kwargs):
     return images(batch, size=size, **kwargs)
 
 
-def assert_same_answers(ours, theirs, batch=None):
+def assert_same_logits(ours, theirs, batch=None):
     batch = x() if batch is None else batch
     for mine, its in zip(ours.eval().forward_exits(batch), theirs.eval().forward_exits(batch), strict=True):
         assert torch.equal(mine, its)
@@ -57,7 +57,7 @@ def test_timms_lists_work_with_the_twins():
     assert set(timm.list_models(module="resnet")) == {n for n in timm.list_models(module="resnet") if "dfs" not in n}
 
 
-def test_a_twin_wants_the_images_that_its_base_does():
+def test_a_twin_takes_the_same_images_as_its_base():
     for name in ("resnet50", "vit_base_patch16_224.augreg2_in21k_ft_in1k", "beit_base_patch16_224"):
         ours, theirs = timm.get_pretrained_cfg(f"dfs_{name}"), timm.get_pretrained_cfg(name)
         for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "num_classes"):
@@ -79,7 +79,7 @@ def test_a_twin_of_three_stages_has_three_exits():
 
 def test_joint_training_reaches_a_twin():
     assert twin(beta="joint").beta == "joint"
-    assert twin(beta=None).beta == 0.5  # timm's word for the default
+    assert twin(beta=None).beta == 0.5  # as timm has it, the default
 
 
 def test_arguments_about_exits_reach_the_exits_and_the_others_the_base():
@@ -91,7 +91,7 @@ def test_arguments_about_exits_reach_the_exits_and_the_others_the_base():
     assert grey.in_chans == 1 and grey(x(channels=1))[0].shape == (3, CLASSES)
 
 
-def test_a_twin_for_other_images_says_so():
+def test_a_twins_config_has_the_image_size_that_it_was_built_for():
     model = twin("NLC", img_size=96)
     assert model.pretrained_cfg["input_size"] == (3, 96, 96)
     assert exit_flops(model) == exit_flops(model, (3, 96, 96))
@@ -118,7 +118,7 @@ def test_an_argument_that_neither_takes_is_refused():
 
 
 @pytest.mark.parametrize("exits", [0, 1, 9, (), ("nowhere",)])
-def test_exits_that_cannot_be_are_refused(exits):
+def test_exits_that_do_not_exist_are_refused(exits):
     with pytest.raises(ValueError, match=r"exits|no module"):
         twin(exits=exits)
 
@@ -137,7 +137,7 @@ def test_a_twin_made_on_no_data_has_no_data():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A twin that somebody trained, and a file with its weights."""
+    """A twin with trained exits, and a file with its weights."""
     model = settled(twin())
     file = tmp_path_factory.mktemp("twin") / "twin.pth"
     torch.save(model.state_dict(), file)
@@ -146,7 +146,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A plain network of timm's, and a file with its weights."""
+    """A plain timm network, and a file with its weights."""
     model = backbone().eval()
     file = tmp_path_factory.mktemp("base") / "base.pth"
     torch.save(model.state_dict(), file)
@@ -160,14 +160,14 @@ def loaded(source, **kwargs):
 
 def test_a_twins_weights_come_back(trained, silent):
     model, file = trained
-    assert_same_answers(loaded(file), model)
-    assert_same_answers(loaded(dict(state_dict=model.state_dict())), model)
+    assert_same_logits(loaded(file), model)
+    assert_same_logits(loaded(dict(state_dict=model.state_dict())), model)
 
 
 def test_a_twins_weights_fit_any_partition(trained):
     model, file = trained
     other = loaded(file, beta="joint", referencing="one_sided")
-    assert_same_answers(other, model)
+    assert_same_logits(other, model)
 
 
 def test_a_twins_weights_get_other_classes_at_every_exit(trained):
@@ -219,7 +219,7 @@ def test_the_bases_weights_get_other_classes(base):
 
 def test_a_train_scripts_checkpoint_path_takes_both(trained, base):
     other = timm.create_model("dfs_test_resnet", num_classes=CLASSES, exits=3, checkpoint_path=str(trained[1]))
-    assert_same_answers(other, trained[0])
+    assert_same_logits(other, trained[0])
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -256,13 +256,13 @@ def test_what_is_saved_for_the_hub_comes_back_bit_for_bit(layout, tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert (again.num_exits, again.beta, again.referencing) == (3, "joint", "one_sided")
     assert again.presets == model.presets and again.exit_points == model.exit_points
-    assert_same_answers(again, model)
+    assert_same_logits(again, model)
     for key in ("input_size", "mean", "std"):
         assert tuple(again.pretrained_cfg[key]) == tuple(model.pretrained_cfg[key]), key
     assert again.pretrained_cfg["num_classes"] == CLASSES
 
 
-def test_model_args_say_what_rebuilds_the_model(tmp_path):
+def test_model_args_are_those_that_rebuild_the_model(tmp_path):
     model = twin(exits=("layer2", "layer3"), beta=0.25)
     save_for_hf(model, tmp_path, model_args=dict(exits=["layer2", "layer3"]))
     args = json.loads((tmp_path / "config.json").read_text())["model_args"]
@@ -278,7 +278,7 @@ def test_a_model_loaded_with_other_classes_drops_its_presets(tmp_path):
     assert again.presets == {} and again.num_classes == 7
 
 
-# Heads that are no burden.
+# Cost of the heads.
 
 
 class UpTo(nn.Module):

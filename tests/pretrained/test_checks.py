@@ -1,4 +1,4 @@
-"""A preset is accepted or refused alike by every route that it takes: given, saved, loaded, published."""
+"""A preset is accepted or refused alike whether it is given, saved, loaded or published."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def shipped(tmp_path_factory):
 
 
 class Route:
-    """What the routes need: a published folder of their own, a Hub, a place for more."""
+    """A copy of a published folder, and a temporary folder, for one way of giving a preset to a model."""
 
     def __init__(self, shipped, tmp_path, monkeypatch):
         self.folder = shutil.copytree(shipped, tmp_path / "hub" / NAME)

@@ -34,7 +34,7 @@ def server(tmp_path, monkeypatch):
 
 
 def put(server, repo, folder, **files):
-    """A repository with a folder's files, some of them others."""
+    """Make a repository of a folder's files, some of them replaced."""
     contents = {file.name: file.read_bytes() for file in folder.iterdir()} | files
     server.repositories[repo] = Repository(private=False)
     server.repositories[repo].commit("main", {name: data for name, data in contents.items() if data is not None}, "put")
@@ -56,7 +56,7 @@ def model(folder):
     return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
-# Where weights by name come from.
+# Sources of weights by name.
 
 
 @pytest.mark.parametrize("name", ["hf-hub:us/vgg", "hf-hub:us/vgg@main", NAME])
@@ -100,7 +100,7 @@ def test_a_repository_named_in_the_pretrained_config_is_used_where_nothing_is_pa
     assert same(again, model) and again.presets == PRESETS
 
 
-def test_no_model_of_ours_points_to_a_repository_that_we_do_not_own():
+def test_no_registered_model_points_to_a_hub_repository():
     for name in timm.list_models("dfs_*"):
         assert timm.get_pretrained_cfg(name).hf_hub_id is None, name
 
@@ -166,7 +166,7 @@ def test_a_twin_without_trained_exits_starts_from_its_bases_weights_of_the_same_
     assert asked.value.args == ("resnet50.a2_in1k", True)
 
 
-def test_features_of_a_twin_with_trained_exits_are_refused_for_they_would_be_the_bases(tmp_path):
+def test_features_only_of_a_twin_with_trained_exits_is_refused(tmp_path):
     overlay = dict(file=str(tmp_path / "twin.pth"))
     with pytest.raises(ValueError, match=r"not with those from .*twin\.pth.*forward_intermediates"):
         twin(features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -186,7 +186,7 @@ def test_a_twin_comes_from_the_hub_with_its_exits(tmp_path, server, monkeypatch)
         assert same(again, local) and again.presets == PRESETS and again.exit_points == base.exit_points
 
 
-def test_timms_own_models_load_from_the_hub_as_ever(tmp_path, server):
+def test_timms_own_models_load_from_the_hub_as_before(tmp_path, server):
     plain = timm.create_model("test_resnet", num_classes=3)
     timm.models.save_for_hf(plain, tmp_path / "plain", safe_serialization=True)
     put(server, "them/plain", tmp_path / "plain")
@@ -205,7 +205,7 @@ def test_offline_a_warm_cache_is_enough(folder, model, server, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hf-hub:us/vgg", NAME])
-def test_offline_a_cold_cache_says_what_to_do(name, server, monkeypatch):
+def test_offline_an_empty_cache_is_an_error_with_remedies(name, server, monkeypatch):
     monkeypatch.setenv("TIMM_DFS_HUB", "us")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"not in the cache.*with a connection.*local-dir"):
@@ -290,9 +290,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("fault", "kind"), CASES)
-def test_a_download_that_fails_leaves_nothing_half_and_a_second_one_succeeds(
-    fault, kind, folder, model, server, record_property
-):
+def test_after_a_download_that_failed_a_second_one_succeeds(fault, kind, folder, model, server, record_property):
     put(server, "us/vgg", folder)
     server.faults[kind] = Fault(**vars(FAULTS[fault]))
     try:
@@ -308,7 +306,7 @@ def test_a_download_that_fails_leaves_nothing_half_and_a_second_one_succeeds(
 
 
 @pytest.mark.parametrize("fault", ["401", "404", "429", "500"])
-def test_with_a_warm_cache_a_hub_in_trouble_is_not_noticed(fault, folder, model, server):
+def test_with_a_warm_cache_errors_of_the_hub_do_not_matter(fault, folder, model, server):
     put(server, "us/vgg", folder)
     timm.create_model("hf-hub:us/vgg", pretrained=True)
     server.faults["head"] = FAULTS[fault]
@@ -343,11 +341,11 @@ def test_a_config_damaged_in_the_cache_is_refused_and_deleted(pretrained, folder
     assert timm.create_model("hf-hub:us/vgg", pretrained=pretrained).beta == 0.5
 
 
-def test_a_config_so_damaged_that_timm_cannot_read_it_is_never_loaded_and_deleted_by_us(folder, model, server):
+def test_a_config_too_damaged_for_timm_to_read_is_never_loaded_and_is_deleted_by_load(folder, model, server):
     put(server, "us/vgg", folder)
     timm.create_model("hf-hub:us/vgg", pretrained=True)
     damage("us/vgg", "{", "z")
-    with pytest.raises(json.JSONDecodeError):  # timm's own: it reads the file before it calls our entrypoint
+    with pytest.raises(json.JSONDecodeError):  # timm reads the file before it calls the entrypoint
         timm.create_model("hf-hub:us/vgg", pretrained=True)
     with pytest.raises(OSError, match=r"arrived damaged .* was deleted; try again"):
         load("hf-hub:us/vgg")

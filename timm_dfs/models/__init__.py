@@ -1,11 +1,16 @@
 """The registered architectures; importing a module registers its ``dfs_*`` names.
 
+Joint training, without partition, is ``beta="joint"``. ``timm.create_model`` drops arguments that are None, so
+``beta=None`` gives the architecture's default beta.
+
 Example:
     >>> import timm, timm_dfs
     >>> timm.list_models("dfs_msdnet*")
     ['dfs_msdnet_cifar100', 'dfs_msdnet_imagenet']
     >>> timm.create_model("dfs_resnet18_cifar100", device="meta").num_exits
     4
+    >>> timm.create_model("dfs_vgg7_cifar100", beta="joint", device="meta").beta
+    'joint'
 """
 
 from . import dfs_twins

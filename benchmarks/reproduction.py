@@ -1,4 +1,4 @@
-"""docs/reproduction.md and its plot, from what is shipped and what benchmarks measured: no figure in it is typed.
+"""docs/reproduction.md and its plot, generated from the shipped results and the benchmarks' results.
 
 python benchmarks/reproduction.py
 """
@@ -19,17 +19,17 @@ ROOT = Path(__file__).parent.parent
 TEXT, PLOT = "reproduction.md", "reproduction.svg"
 DFS, JOINT = "dfs_msdnet_cifar100", "dfs_msdnet_cifar100.joint"
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Student's, two-sided at 95 %, by the number of seeds."""
+"""Quantile of Student's t, two-sided at 95 %, by the number of seeds."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting's accuracy less joint training's at one exit, seed by seed, in points.
+    """Accuracy of a setting minus that of joint training at one exit, seed by seed, in percentage points.
 
     Attributes:
-        mean: Over the seeds.
+        mean: Mean over the seeds.
         spread: Standard deviation over the seeds.
-        clear: Whether the 95 % interval of the mean leaves out 0.
+        clear: Whether the 95 % interval of the mean excludes 0.
     """
 
     mean: float
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def generated(root: Path) -> dict[str, str]:
-    """The files under docs/ that a checkout's results make."""
+    """Contents of the files under docs/, by name, generated from a checkout's results."""
     results = {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in (DFS, JOINT)}
     short = {
         method: json.loads((root / "benchmarks/results/short" / f"{name}.json").read_text())
@@ -80,13 +80,13 @@ def generated(root: Path) -> dict[str, str]:
 
 
 def at_most(results: dict, budget: float) -> dict:
-    """The dearest point of a budgeted batch curve within a budget; accuracy on the test images chooses nothing."""
+    """Most expensive point of a budgeted-batch curve within a budget; test accuracy does not decide the choice."""
     points = results["test"]["budgeted_batch"]
     return max((p for p in points if p["average_flops"] <= budget), key=lambda p: p["average_flops"])
 
 
 def reached(dfs: dict, joint: dict) -> dict:
-    """Where early exit with DFS first has joint training's best accuracy, that of its best exit, if anywhere."""
+    """Cheapest points of early exit that reach the accuracy of joint training's best exit; ``None`` if none does."""
     best = max(range(len(joint["test"]["top1"])), key=lambda k: joint["test"]["top1"][k])
     accuracy = joint["test"]["top1"][best]
     points = [point for point in dfs["test"]["budgeted_batch"] if point["top1"] >= accuracy]
@@ -100,7 +100,7 @@ def reached(dfs: dict, joint: dict) -> dict:
 
 
 def study(runs: list[dict]) -> list[dict]:
-    """The study by length: each setting's accuracy and its difference to joint training, exit by exit."""
+    """Tables of the study, one per number of epochs: accuracy and difference to joint training, exit by exit."""
     tables = []
     for epochs in sorted({run["epochs"] for run in runs}):
         top1: dict[str, dict[int, list[float]]] = {}
@@ -123,7 +123,7 @@ def study(runs: list[dict]) -> list[dict]:
 
 
 def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]]) -> list[Difference]:
-    """Against joint training with the same seeds, exit by exit."""
+    """Differences to joint training with the same seeds, exit by exit."""
     pairs = [[ours - theirs for ours, theirs in zip(of_seeds[seed], joint[seed])] for seed in of_seeds]
     found = []
     for values in zip(*pairs):
@@ -133,7 +133,7 @@ def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]])
 
 
 def verdict(found: list[Difference]) -> str:
-    """Where a setting is clearly ahead of joint training, and where behind."""
+    """Sentence on the exits at which a setting is clearly ahead of or behind joint training."""
     where = {
         word: [str(k) for k, difference in enumerate(found) if difference.clear and sign * difference.mean > 0]
         for word, sign in dict(ahead=1, behind=-1).items()

@@ -1,16 +1,23 @@
-"""Every Python block of the README runs, in order, as one program."""
+"""The README's Python runs, its commands exist, and its picture and table say what is shipped."""
 
+import json
 import re
 import shlex
-from pathlib import Path
+import sys
+import xml.etree.ElementTree as ET
 
+import pytest
 import timm
-from helpers import NATIVE
+from helpers import NATIVE, ROOT
 from typer.testing import CliRunner
 
 from timm_dfs.cli import app
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import overview
+
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_blocks_run():
@@ -20,16 +27,74 @@ def test_the_python_blocks_run():
     exec(compile(code, "README.md", "exec"), names)
     assert names["prediction"].logits.shape == (8, 100)
     assert names["prediction"].exit_index.shape == (8,)
-    assert len(names["curve"]) == 40
 
 
 def test_the_shell_examples_are_commands_that_exist():
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"^timm-dfs .*$", README, re.M)]
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^timm-dfs .*$", blocks, re.M)]
     assert len(commands) >= 5
     for _, command, *_ in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
-def test_the_models_named_are_the_models_there_are():
-    named = set(re.findall(r"^\| `(dfs_\w+)`", README, re.M))
-    assert NATIVE <= named <= set(timm.list_models("dfs_*"))
+def test_the_table_has_every_model_and_says_which_have_weights():
+    rows = dict(re.findall(r"^\| `(dfs_\w+)` \| \d+ \| (.+?) \|", README, re.M))
+    assert rows.keys() == NATIVE
+    trained = set(timm.list_pretrained("dfs_*"))
+    for name, weights in rows.items():
+        tags = {tag for tag in trained if tag.partition(".")[0] == name}
+        assert {name + tag for tag in re.findall(r"`(\.\w+)`", weights)} == {tag for tag in tags if "." in tag}
+        assert (weights != "none") == bool(tags)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+# The picture.
+
+
+def test_the_picture_is_what_the_results_make_byte_for_byte():
+    assert f"](docs/{overview.PICTURE})" in README
+    made = overview.picture(ROOT)
+    assert (ROOT / "docs" / overview.PICTURE).read_bytes() == made.encode(), "run: python benchmarks/overview.py"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Results of the shipped models, without their weights."""
+    for file in (ROOT / "hub").glob("*/results.json"):
+        folder = tmp_path / "hub" / file.parent.name
+        folder.mkdir(parents=True)
+        for name in ("results.json", "config.json"):
+            (folder / name).write_text((file.parent / name).read_text())
+    return tmp_path
+
+
+def test_the_picture_has_a_curve_its_presets_and_the_last_exit_of_each_model(checkout):
+    drawn = [(e.tag.rpartition("}")[2], e.get("class")) for e in ET.fromstring(overview.picture(checkout))]
+    models = len(list((checkout / "hub").iterdir()))
+    legend = models, 1, 1
+    assert drawn.count(("polyline", "curve")) == models + legend[0]
+    assert drawn.count(("circle", None)) == 3 * models + legend[1]
+    assert drawn.count(("path", "last")) == models + legend[2]
+
+
+def test_a_more_accurate_preset_is_drawn_higher(checkout):
+    file = checkout / "hub" / "dfs_msdnet_cifar100" / "results.json"
+
+    def highest():
+        circles = ET.fromstring(overview.picture(checkout)).iter("{http://www.w3.org/2000/svg}circle")
+        return min(float(circle.get("cy")) for circle in circles)
+
+    before, results = highest(), json.loads(file.read_text())
+    results["test"]["presets"]["fast"]["top1"] = 73.9
+    file.write_text(json.dumps(results))
+    assert highest() < before
+
+
+def test_results_on_two_data_sets_do_not_share_a_picture(checkout):
+    file = checkout / "hub" / "dfs_msdnet_cifar100" / "results.json"
+    file.write_text(json.dumps(dict(json.loads(file.read_text()), dataset="other")))
+    with pytest.raises(ValueError, match="other"):
+        overview.picture(checkout)

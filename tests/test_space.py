@@ -1,4 +1,4 @@
-"""The page shows what each exit says, who answers and what it costs; in a browser it does so live."""
+"""The page shows each exit's prediction, the exit taken and its cost; in a browser it does so live."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ COSTS, WHOLE = [10_000_000, 20_000_000, 44_000_000], 40_000_000
 
 
 def shown(*thresholds):
-    return space.answer(LOGITS, timm_dfs.ExitPolicy(thresholds), LABELS, COSTS, WHOLE)
+    return space.describe(LOGITS, timm_dfs.ExitPolicy(thresholds), LABELS, COSTS, WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,14 @@ def shown(*thresholds):
         ((None, None, 0), 2, "ant", "110%"),
     ],
 )
-def test_the_first_confident_exit_answers_and_its_cost_is_a_share_of_the_last_exit_alone(
+def test_the_first_confident_exit_is_taken_and_its_cost_is_a_share_of_the_last_exit_alone(
     thresholds, exit_index, label, share
 ):
     page = shown(*thresholds)
-    assert f'<h2 class="dfs-answer">{label}</h2>' in page
-    assert f"Exit {exit_index} answered" in page and f"{share} of the last exit alone" in page
+    assert f'<h2 class="dfs-prediction">{label}</h2>' in page
+    assert f"Exit {exit_index} of exits 0 to 2 was taken" in page and f"{share} of the last exit alone" in page
     rows = re.findall(r'<tr class="([\w-]*)">', page)
-    assert rows == [""] * exit_index + ["dfs-answers"] + ["dfs-unused"] * (2 - exit_index)
+    assert rows == [""] * exit_index + ["dfs-taken"] + ["dfs-unused"] * (2 - exit_index)
 
 
 def test_a_class_is_named_as_text_not_as_html():
@@ -71,7 +71,7 @@ def browser_page(tmp_path_factory):
             tab.outside = []
             tab.on("request", lambda request: tab.outside.append(request.url) if is_outside(request.url) else None)
             tab.goto(address)
-            tab.get_by_text("Give an image").wait_for()
+            tab.get_by_text("Drop an image, or").wait_for()
             yield tab
             browser.close()
     finally:
@@ -88,7 +88,7 @@ def test_a_person_drops_an_image_moves_the_slider_and_gives_a_wrong_file(browser
     upload = tab.locator("#image input[type=file]")
     demo.photographs()["rocket"].save(tmp_path / "rocket.png")
     upload.set_input_files(tmp_path / "rocket.png")
-    tab.locator(".dfs-answer").wait_for()
+    tab.locator(".dfs-prediction").wait_for()
     assert tab.locator(".dfs-exits tr").count() == 1 + 7
     for row in tab.locator(".dfs-exits tr").all()[1:]:
         assert row.inner_text().count("%") == 5
@@ -96,22 +96,22 @@ def test_a_person_drops_an_image_moves_the_slider_and_gives_a_wrong_file(browser
     slider = tab.locator("#threshold input[type=range]")
     for threshold, exit_index in (("0", 0), ("1", 6), ("0", 0)):
         slider.fill(threshold)
-        tab.get_by_text(f"Exit {exit_index} answered").wait_for()
-        assert tab.locator(".dfs-answers td").first.inner_text() == str(exit_index)
+        tab.get_by_text(f"Exit {exit_index} of exits").wait_for()
+        assert tab.locator(".dfs-taken td").first.inner_text() == str(exit_index)
     assert tab.locator("#point input").input_value() == space.ONE_THRESHOLD
 
     tab.get_by_label("Clear").first.click() if tab.get_by_label("Clear").count() else tab.reload()
     (tmp_path / "notes.txt").write_text("no image")
     upload.set_input_files(tmp_path / "notes.txt")
     tab.get_by_text("'notes.txt' is not an image").wait_for()
-    assert tab.locator(".dfs-answer").count() == 0 and str(tmp_path) not in tab.content()
+    assert tab.locator(".dfs-prediction").count() == 0 and str(tmp_path) not in tab.content()
     assert tab.outside == []
 
 
 @pytest.mark.slow
-def test_an_example_is_answered_with_a_click(browser_page):
+def test_an_example_is_predicted_with_a_click(browser_page):
     browser_page.get_by_text("coffee.png").first.click()
-    browser_page.locator(".dfs-answer").wait_for()
+    browser_page.locator(".dfs-prediction").wait_for()
     browser_page.locator("#point input").click()
     browser_page.get_by_role("option", name="balanced").click()
-    assert browser_page.locator(".dfs-answer").count() == 1
+    assert browser_page.locator(".dfs-prediction").count() == 1

@@ -1,4 +1,4 @@
-"""The main job on real photographs: which exit answers, at what cost, and how much faster the batch goes."""
+"""Early exit on photographs: exit taken, cost, and speed of a batch."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ from .inference.prediction import predict, resolve_policy
 
 MODEL = "dfs_msdnet_cifar100"
 
-# Photographs that come inside scikit-image, and what CIFAR-100 calls their subject (None: it has no such class).
+# Photographs in scikit-image, and CIFAR-100's class of their subject (None: it has no such class).
 PHOTOGRAPHS: dict[str, str | None] = {
     "rocket": "rocket",
     "coffee": "cup",
@@ -26,7 +26,7 @@ PHOTOGRAPHS: dict[str, str | None] = {
 
 
 def photographs() -> dict[str, Image.Image]:
-    """The demo's photographs by name, RGB.
+    """Photographs of the demo by name, RGB.
 
     Raises:
         ModuleNotFoundError: If scikit-image is not installed.
@@ -46,13 +46,13 @@ def photographs() -> dict[str, Image.Image]:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Images per second of the whole network (its last exit alone) and of early exit on the same batch.
+    """Images per second of the last exit alone and of early exit, on the same batch.
 
     Attributes:
         batch_size: Images in the batch.
         full: Images per second, last exit alone.
         early: Images per second, early exit.
-        exit_counts: How many images each exit answered.
+        exit_counts: Number of images that took each exit.
     """
 
     batch_size: int
@@ -62,7 +62,7 @@ class Throughput:
 
 
 def crops(images: list[Image.Image], batch_size: int, seed: int = 0) -> list[Image.Image]:
-    """``batch_size`` random square crops of the images, half of them mirrored: many views of few photographs."""
+    """``batch_size`` random square crops of the images, half of them mirrored."""
     generator = torch.Generator().manual_seed(seed)
     views = []
     for i in range(batch_size):
@@ -78,7 +78,7 @@ def crops(images: list[Image.Image], batch_size: int, seed: int = 0) -> list[Ima
 def measure(
     model: MultiExitModel, images: list[Image.Image], policy: ExitPolicy | str, batch_size: int = 64, repeats: int = 7
 ) -> Throughput:
-    """Time early exit against the last exit alone on crops of ``images``: interleaved runs, medians, eval mode."""
+    """Time early exit and the last exit alone on crops of ``images``: medians of alternating runs, in eval mode."""
     policy = resolve_policy(model, policy)
     x = prepare(model, crops(images, batch_size))
     model.eval()

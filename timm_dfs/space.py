@@ -1,4 +1,4 @@
-"""A page in the browser: an image, every exit's answer, which one answers at an operating point, and what it costs."""
+"""Web page that shows every exit's prediction for an image, and the exit taken at an operating point with its cost."""
 
 import html
 import os
@@ -17,7 +17,7 @@ from .inference.policy import ExitPolicy
 from .inference.prediction import resolve_policy
 
 ONE_THRESHOLD = "one threshold for all exits"
-"""The operating point that the slider makes."""
+"""Name of the operating point that the slider sets."""
 
 _STYLE = """
 .dfs-bar {background: #8883; border-radius: 6px; height: 28px; position: relative; overflow: hidden; margin: 8px 0}
@@ -26,7 +26,7 @@ _STYLE = """
 .dfs-bar span {position: absolute; left: 10px; top: 4px; font-size: 14px}
 .dfs-exits {width: 100%; border-collapse: collapse; font-size: 14px}
 .dfs-exits td, .dfs-exits th {padding: 4px 8px; text-align: left; border-bottom: 1px solid #8884}
-.dfs-exits tr.dfs-answers {background: #2ca02c33; font-weight: bold}
+.dfs-exits tr.dfs-taken {background: #2ca02c33; font-weight: bold}
 .dfs-exits tr.dfs-unused {opacity: .45}
 """
 
@@ -37,12 +37,12 @@ def all_logits(model: MultiExitModel, file: str) -> torch.Tensor:
         return torch.stack(model.forward_exits(prepare(model, [open_image(file)]))).float().cpu()
 
 
-def answer(logits: torch.Tensor, policy: ExitPolicy, labels: tuple[str, ...], costs: list[int], whole: int) -> str:
-    """What a policy makes of one image's logits (E, 1, C), as HTML: the answer, its cost, each exit's top-5.
+def describe(logits: torch.Tensor, policy: ExitPolicy, labels: tuple[str, ...], costs: list[int], whole: int) -> str:
+    """HTML of one image's prediction: class, exit taken, cost, and the top five classes of each exit.
 
     Args:
-        logits: All exits' logits.
-        policy: Who answers.
+        logits: All exits' logits (E, 1, C).
+        policy: Policy that chooses the exit.
         labels: Names of the classes.
         costs: Multiply-adds up to each exit.
         whole: Multiply-adds of the last exit alone.
@@ -58,23 +58,23 @@ def answer(logits: torch.Tensor, policy: ExitPolicy, labels: tuple[str, ...], co
             f"{html.escape(labels[i])} {p:.0%}" for p, i in zip(top.values.tolist(), top.indices.tolist())
         )
         threshold = policy.thresholds[j] if j < len(policy.thresholds) - 1 else 0.0
-        kind = "dfs-answers" if j == k else "dfs-unused" if j > k else ""
+        kind = "dfs-taken" if j == k else "dfs-unused" if j > k else ""
         rows.append(
             f'<tr class="{kind}"><td>{j}</td><td>{named}</td>'
             f"<td>{'never' if threshold > 1 else f'{threshold:.2f}'}</td><td>{costs[j] / 1e6:.1f} M</td></tr>"
         )
     return (
         f"<style>{_STYLE}</style>"
-        f'<h2 class="dfs-answer">{best}</h2><p>Exit {k} answered, of exits 0 to {len(costs) - 1}.</p>'
+        f'<h2 class="dfs-prediction">{best}</h2><p>Exit {k} of exits 0 to {len(costs) - 1} was taken.</p>'
         f'<div class="dfs-bar"><div class="{"dfs-more" if share > 1 else ""}" style="width: {min(share, 1):.0%}"></div>'
         f"<span>{costs[k] / 1e6:.1f} M multiply-adds, {share:.0%} of the last exit alone</span></div>"
         '<table class="dfs-exits"><tr><th>exit</th><th>top five</th><th>threshold</th><th>cost up to here</th></tr>'
-        f"{''.join(rows)}</table><p>Grey: not computed when it counts, and shown here to compare.</p>"
+        f"{''.join(rows)}</table><p>Grey: exits that early exit does not compute, shown for comparison.</p>"
     )
 
 
 def page(model: MultiExitModel, name: str) -> Any:
-    """The page, a ``gradio.Blocks``, and the theme to launch it with.
+    """Page for a model, a ``gradio.Blocks``.
 
     Raises:
         ModuleNotFoundError: If gradio is not installed.
@@ -94,8 +94,8 @@ def page(model: MultiExitModel, name: str) -> Any:
 
     def show(logits: torch.Tensor | None, point: str, threshold: float) -> str:
         if logits is None:
-            return "Give an image, or take one of the examples."
-        return answer(logits, policy_of(point, threshold), labels, costs, whole)
+            return "Drop an image, or choose one of the examples."
+        return describe(logits, policy_of(point, threshold), labels, costs, whole)
 
     def look(file: str | None, point: str, threshold: float) -> tuple[torch.Tensor | None, str]:
         if file is None:
@@ -112,22 +112,22 @@ def page(model: MultiExitModel, name: str) -> Any:
 
     with gradio.Blocks(title=f"timm-dfs: {name}", analytics_enabled=False) as blocks:
         gradio.Markdown(
-            f"# Early exit, live\n`{name}` has {model.num_exits} exits. An image leaves at the first whose confidence "
-            "reaches its threshold; what lies deeper is not computed. It knows its own classes only: anything else is "
-            "answered wrongly, and perhaps confidently."
+            f"# Early exit, live\n`{name}` has {model.num_exits} exits. An image takes the first exit whose confidence "
+            "reaches its threshold; deeper layers are not computed. The network predicts one of its own classes for "
+            "any image, so images of anything else get a wrong class, perhaps with high confidence."
         )
         logits = gradio.State(None)
         with gradio.Row():
             with gradio.Column(scale=2):
                 file = gradio.File(label="An image: drop it here", type="filepath", elem_id="image")
-                preview = gradio.Image(label="What you gave", interactive=False, height=220)
+                preview = gradio.Image(label="Your image", interactive=False, height=220)
                 points = [*model.presets, ONE_THRESHOLD]
                 point = gradio.Dropdown(points, value=points[0], label="Operating point", elem_id="point")
                 threshold = gradio.Slider(
                     0, 1, value=0.5, step=0.01, label="Threshold, for all exits", elem_id="threshold"
                 )
             with gradio.Column(scale=3):
-                shown = gradio.HTML(show(None, points[0], 0.5), elem_id="answer")
+                shown = gradio.HTML(show(None, points[0], 0.5), elem_id="prediction")
         inputs = [file, point, threshold]
         file.change(look, inputs, [logits, shown]).then(_preview, file, preview)
         point.input(show, [logits, point, threshold], shown)
@@ -145,7 +145,7 @@ def _preview(file: str | None) -> Any:
 
 
 def _examples() -> list[str]:
-    """The demo's photographs as files, if scikit-image is installed."""
+    """Paths of the demo's photographs, stored as files; none if scikit-image is not installed."""
     try:
         images = photographs()
     except ModuleNotFoundError:
@@ -164,8 +164,8 @@ def launch(blocks: Any, port: int | None = None, wait: bool = True) -> str:
 
     Args:
         blocks: The page.
-        port: Port; by default a free one from 7860 on.
-        wait: Return only when interrupted.
+        port: Port; by default the first free one from 7860 on.
+        wait: Whether to return only when interrupted.
     """
     import gradio
 

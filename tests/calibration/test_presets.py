@@ -146,12 +146,11 @@ def test_a_folder_without_a_model_is_refused(model, tmp_path):
     ],
     ids=str,
 )
-def test_a_broken_preset_that_came_with_weights_is_dropped_with_a_warning_and_the_others_stay(model, broken, tmp_path):
+def test_a_broken_preset_is_not_written(model, broken, tmp_path):
     model.presets["odd"] = {**model.presets["fast"], **broken}
-    write_presets(model, tmp_path / "m")
-    with pytest.warns(UserWarning, match=f"Dropped the presets odd: .*{next(iter(broken))[:9]}"):
-        again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, depths=(1, 2), widths=(6, 8))
-    assert again.presets.keys() == {*NAMED}
+    with pytest.raises(ValueError, match=f"Preset 'odd': .*{next(iter(broken))[:9]}"):
+        write_presets(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_preset_with_further_fields_loads(model, tmp_path):

@@ -113,7 +113,7 @@ def test_predict_shows_every_exit_and_which_one_answers(checkpoint, picture):
     assert first["saved"] > 0.9 > last["saved"]
     assert first["label"] == first["exits"][0]["label"] and last["label"] == last["exits"][5]["label"]
     shown = run(*args, "0,0,0,0,0,0").stdout
-    assert "exit 0 answers" in shown and first["label"] in shown
+    assert "exit 0 is taken" in shown and first["label"] in shown
 
 
 def test_eval_gives_every_exit_s_accuracy_and_cost(checkpoint, pictures):
@@ -213,7 +213,7 @@ def test_a_preset_and_thresholds_together_are_refused(checkpoint, picture):
 def training_run(tmp_path_factory, pictures):
     """A checkpoint as train.py writes one, of a small joint VGG with its own classes."""
     torch.manual_seed(0)
-    settings = dict(depths=(1, 2), widths=(6, 8), beta=None)
+    settings = dict(depths=(1, 2), widths=(6, 8), beta="joint")
     model = timm.create_model("dfs_vgg7_cifar100", num_classes=10, **settings)
     args = argparse.Namespace(
         model="dfs_vgg7_cifar100",
@@ -256,9 +256,9 @@ def test_eval_without_data_says_what_is_missing():
 
 
 def test_model_kwargs_reach_the_model():
-    args = ("--model-kwargs", "beta=None", "--model-kwargs", "depths=(1, 1, 1)")
+    args = ("--model-kwargs", "beta=joint", "--model-kwargs", "depths=(1, 1, 1)")
     data = run_json("info", "dfs_vgg7_cifar100", *args)
-    assert data["beta"] is None and len(data["exits"]) == 3
+    assert data["beta"] == "joint" and len(data["exits"]) == 3
     assert len(run_json("flops", "dfs_vgg7_cifar100", *args)["lazy"]) == 3
 
 

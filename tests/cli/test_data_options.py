@@ -66,6 +66,12 @@ def test_model_arguments_follow_one_option(folder):
     assert data["beta"] == 0.25 and len(data["exits"]) == 2
 
 
+def test_flags_of_timms_scripts_stay_as_given(tmp_path):
+    (tmp_path / "validate.py").write_text("import sys; print(sys.argv[1:])")
+    shown = run("timm", tmp_path / "validate.py", "--mean", "0", "0", "0")
+    assert "['--mean', '0', '0', '0']" in shown.stdout
+
+
 def test_a_run_gives_data_classes_and_preparation(checkpoint, folder):
     where = data_of(checkpoint)
     assert where["root"] == str(folder) and where["split"] == "validation"

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from helpers import NATIVE
 
-# TorchScript cannot script a visitor, and torch has deprecated it; see docs/design.md.
+# TorchScript cannot script a visitor, and torch has deprecated it; see docs/decisions.md.
 # FX traces no ViT, and its tokens are no map of pool_size: timm leaves out vit_* by name, too.
 EXCLUDED = "torchscript and not (vit and (fx or default_cfgs))"
 

@@ -82,17 +82,17 @@ def findings(model, data):
 
 
 @pytest.fixture(scope="module")
-def answered(model, data, findings):
+def exit_pictures(model, data, findings):
     pixels = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     dataset = list(zip(pixels, data[1][1].tolist()))
     return strip(model, dataset, data[1][0], findings.points["balanced"].exit_index, "ant bee cat dog eel".split())
 
 
 @pytest.fixture(scope="module")
-def page(findings, answered):
+def page(findings, exit_pictures):
     drawings = draw(findings, TIMINGS)
     about = About("a <model>", "made up", "the rest", "held out", "3 epochs", 3)
-    return render(drawings, findings, about, TIMINGS, "balanced", answered, ["A note."])
+    return render(drawings, findings, about, TIMINGS, "balanced", exit_pictures, ["A note."])
 
 
 class Elements(HTMLParser):
@@ -242,11 +242,11 @@ def test_every_figure_is_there_and_said_in_words(page, findings):
     assert page.count("<svg") == 5
 
 
-def test_every_image_says_what_it_is_and_what_was_answered(page, answered):
+def test_every_image_says_its_class_and_its_prediction(page, exit_pictures):
     alts = [attrs["alt"] for attrs in Elements(page).all("img")]
-    assert len(alts) == sum(len(row.pictures) for row in answered) > 0
+    assert len(alts) == sum(len(row.pictures) for row in exit_pictures) > 0
     assert all(
-        re.fullmatch(r"(ant|bee|cat|dog|eel), answered (ant|bee|cat|dog|eel) at exit [012]", alt) for alt in alts
+        re.fullmatch(r"(ant|bee|cat|dog|eel), predicted (ant|bee|cat|dog|eel) at exit [012]", alt) for alt in alts
     )
 
 
@@ -309,11 +309,11 @@ def test_without_points_curve_and_times_the_page_says_what_is_missing(findings):
 # Where early exit loses
 
 
-def test_points_that_are_worse_than_a_network_cut_off_are_named(findings):
+def test_points_that_are_worse_than_a_network_that_ends_earlier_are_named(findings):
     exits = [dataclasses.replace(alone, accuracy=99.0) for alone in findings.exits]
     said = where_it_loses(dataclasses.replace(findings, exits=tuple(exits)))
     for name in findings.points:
-        assert any(sentence.startswith(f"{name} is no better than the network cut off at exit ") for sentence in said)
+        assert any(sentence.startswith(f"{name} is no better than the network that ends at exit ") for sentence in said)
 
 
 def test_points_that_lose_accuracy_or_save_nothing_are_named(findings):
@@ -329,11 +329,13 @@ def test_points_that_lose_accuracy_or_save_nothing_are_named(findings):
         assert words in said
 
 
-def test_ways_that_are_slower_than_the_last_exit_or_their_arithmetic_are_named(findings):
+def test_methods_that_are_slower_than_the_last_exit_or_save_less_time_than_arithmetic_are_named(findings):
     timings = [timing("balanced", 1, 0.8), timing("second only", 1, 1.2), timing("exit 1 alone", 64, 0.9)]
     said = where_it_loses(findings, timings)
     assert "At batch 1 slower than the last exit alone: balanced (0.80 times its images per second)." in said
-    assert any("second only is 1.20 times as fast, 2.10 times as cheap" in sentence for sentence in said)
+    assert any(
+        "second only is 1.20 times as fast, with 2.10 times fewer multiply-adds" in sentence for sentence in said
+    )
     assert any(sentence.startswith("At batch 64 slower") and "exit 1 alone" in sentence for sentence in said)
     assert where_it_loses(findings, [timing("balanced", 1, 2.0)]) == where_it_loses(findings)
 
@@ -348,11 +350,13 @@ def test_exits_that_only_guess_are_named(findings):
 # Images
 
 
-def test_the_strip_shows_what_each_exit_answered(data, findings, answered):
+def test_the_strip_shows_the_images_that_took_each_exit(data, findings, exit_pictures):
     exits = findings.points["balanced"].exit_index
-    assert [row.samples for row in answered] == torch.bincount(exits, minlength=3).tolist()
-    assert all(len(row.pictures) == min(12, row.samples) for row in answered)
-    assert all(picture.right == (picture.answer == picture.truth) for row in answered for picture in row.pictures)
+    assert [row.samples for row in exit_pictures] == torch.bincount(exits, minlength=3).tolist()
+    assert all(len(row.pictures) == min(12, row.samples) for row in exit_pictures)
+    assert all(
+        picture.right == (picture.predicted == picture.truth) for row in exit_pictures for picture in row.pictures
+    )
 
 
 def test_a_picture_is_the_image_before_it_was_normalised(model):

@@ -7,6 +7,7 @@ from numbers import Real
 
 import torch
 
+from ..inference.confidence import PATIENCE
 from ..inference.policy import ExitPolicy
 from .logits import check_data
 from .seen import refuse_seen
@@ -87,12 +88,30 @@ class OperatingPoint:
         )
 
 
-def check_preset(preset: dict, num_exits: int) -> None:
-    """Raise ``ValueError`` where a preset's known fields are not what :meth:`OperatingPoint.preset` writes.
+def check_preset(preset: dict, num_exits: int | None) -> None:
+    """Refuse a preset whose known fields are not what :meth:`OperatingPoint.preset` writes.
 
-    Only ``thresholds`` must be there; fields of other names are nobody's business.
+    Calibration, saving, loading and publishing all check with this function. Only ``thresholds`` is required, and
+    fields of other names are not checked. A threshold is on the scale of its confidence: in [0, 1], or for patience in
+    [0, E - 1]; None, or infinity, is for an exit that never predicts.
+
+    Args:
+        preset: The preset.
+        num_exits: Number of exits E of the model; None if it is unknown.
+
+    Raises:
+        ValueError: If a field is not what is said above.
     """
-    ExitPolicy.from_preset(preset).check_exits(num_exits)
+    policy = ExitPolicy.from_preset(preset)
+    exits = len(policy.thresholds) if num_exits is None else num_exits
+    policy.check_exits(exits)
+    largest = exits - 1 if policy.confidence == PATIENCE else 1
+    for value in policy.thresholds:
+        if not 0 <= value <= largest and value != math.inf:
+            raise ValueError(
+                f"It has the threshold {value:g}, but {policy.confidence} is in [0, {largest}]; give None (null in "
+                "JSON) for an exit that never predicts."
+            )
     for name, highest in (("average_flops", math.inf), ("accuracy", 100.0)):
         if name in preset and not _in_range(preset[name], highest):
             raise ValueError(f"{name} is {preset[name]!r}; give a number from 0 to {highest}.")

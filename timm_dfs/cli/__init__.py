@@ -1,9 +1,5 @@
-"""The command line, ``timm-dfs``. Each file's commands register themselves."""
+"""Commands of ``timm-dfs``. Each file registers its own; ``timm_dfs_cli`` lists them and imports the one that runs."""
 
-from . import bench, calibrate, data, hub, images, models, report, scripts, space  # noqa: F401
-from .base import app
+from timm_dfs_cli import app, main
 
-
-def main() -> None:
-    """Entry point of ``timm-dfs``."""
-    app()
+__all__ = ["app", "main"]

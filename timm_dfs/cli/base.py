@@ -14,13 +14,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from timm.models import is_model_pretrained
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
 from ..base.model import MultiExitModel
 from ..data.datasets import follow_run
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from ..pretrained.packaged import CONFIG_FILE
+from ..pretrained.sources import PREFIXES, check_named
 from ..training.run import read_run
 
 
@@ -36,8 +37,8 @@ MULTIPLE = {"--model-kwargs": lambda text: "=" in text, "--mean": _is_number, "-
 """Options that take several values, as in ``train.py``, and what is a value of theirs."""
 
 
-class Commands(TyperGroup):
-    """Commands whose options in :data:`MULTIPLE` take several values."""
+class Command(TyperCommand):
+    """Command whose options in :data:`MULTIPLE` take several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, repeat_options(args))
@@ -59,7 +60,6 @@ def repeat_options(args: list[str]) -> list[str]:
 
 
 app = typer.Typer(
-    cls=Commands,
     help="Networks with exits for timm: list, inspect, try and evaluate them.",
     no_args_is_help=True,
     add_completion=False,
@@ -81,7 +81,6 @@ ModelKwargs = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DEFAULT_PRESET = "balanced"
-SOURCES = ("hf-hub:", "local-dir:")
 
 
 def one_line_errors(command: Callable) -> Callable:
@@ -100,7 +99,7 @@ def one_line_errors(command: Callable) -> Callable:
 
 def command(name: str) -> Callable:
     """Register a command of the command line."""
-    return lambda function: app.command(name)(one_line_errors(function))
+    return lambda function: app.command(name, cls=Command)(one_line_errors(function))
 
 
 def create(
@@ -128,12 +127,13 @@ def create(
         name, checkpoint, kwargs = run.model, Path(name), run.model_args
     kwargs.update(_parse(model_kwargs or []))
     name = as_source(name)
-    ours = name.startswith(SOURCES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
+    ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
     if not ours:
         near = difflib.get_close_matches(name, timm.list_models("dfs_*"), n=3)
         similar = f"similar names are {', '.join(near)}; " if near else ""
         raise ValueError(f"There is no model {name!r}; {similar}'timm-dfs list' shows those there are.")
     overlay = dict(file=str(checkpoint)) if checkpoint else None
+    check_named(name)
     try:
         model = timm.create_model(
             name, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay, **kwargs
@@ -157,7 +157,7 @@ def as_source(name: str) -> str:
     Raises:
         ValueError: If the folder holds no model.
     """
-    if name.startswith(SOURCES) or timm.is_model(name.split(".")[0]) or not Path(name).is_dir():
+    if name.startswith(PREFIXES) or timm.is_model(name.split(".")[0]) or not Path(name).is_dir():
         return name
     if not (Path(name) / CONFIG_FILE).is_file():
         raise ValueError(
@@ -169,7 +169,7 @@ def as_source(name: str) -> str:
 
 def has_weights(name: str) -> bool:
     """Whether a model of that name, or a checkpoint, comes with trained exits."""
-    return Path(name).is_file() or as_source(name).startswith(SOURCES) or is_model_pretrained(name)
+    return Path(name).is_file() or as_source(name).startswith(PREFIXES) or is_model_pretrained(name)
 
 
 def _parse(pairs: list[str]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def saving(share: float) -> str:
 def make_table(*headers: str, title: str | None = None) -> Table:
     """A table whose columns of numbers (all but those with words) are flush right."""
     table = Table(title=title)
-    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "photograph", "is a"}
+    words = {"layer", "preset", "model", "weights", "input", "after", "answer", "prediction", "photograph", "is a"}
     for header in headers:
         table.add_column(header, justify="left" if header in words else "right")
     return table

@@ -1,4 +1,4 @@
-"""``timm-dfs card``, ``publish`` and ``export-hub``: what is published of a model."""
+"""``timm-dfs export-hub``, ``card`` and ``publish``: a model's folder for the Hub."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,20 +22,20 @@ Model = Annotated[str, typer.Argument(help="A model with packaged weights, or it
 
 
 def _folder(model: str) -> Path:
-    """Where a model's published files are."""
+    """Folder of a model's files for the Hub."""
     folder = Path(model) if Path(model).is_dir() else packaged_folder(model)
     if folder is None:
         raise ValueError(
             f"There is no folder {model!r} and no packaged model of that name; 'timm-dfs list' shows them."
         )
     if not (folder / RESULTS_FILE).is_file():
-        raise ValueError(f"{folder} has no {RESULTS_FILE}; 'timm-dfs export-hub' makes a whole folder.")
+        raise ValueError(f"{folder} has no {RESULTS_FILE}; 'timm-dfs export-hub' makes a complete folder.")
     return folder.resolve()
 
 
 @command("card")
 def make_card(model: Model) -> None:
-    """Make a model's card and curve, and the family's card, from what was measured."""
+    """Write a model's card and plot, and the family's card, from its measured results."""
     for file in write_card(_folder(model)):
         typer.echo(f"wrote {file}")
 
@@ -43,34 +43,34 @@ def make_card(model: Model) -> None:
 @command("publish")
 def publish_model(
     model: Model,
-    repo: Annotated[str, typer.Option(help="The Hub repository, user/name; made if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Only you may see it.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
+    repo: Annotated[str, typer.Option(help="Repository on the Hub, user/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if it does not exist.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the folder and say what there is to upload.")
+        bool, typer.Option("--dry-run", help="Check the folder and list its files without uploading them.")
     ] = False,
 ) -> None:
-    """Upload a model's folder to the Hub in one commit, and read it back. Log in before, with 'hf auth login'."""
+    """Upload a model's folder to the Hub in one commit, and verify it. Log in first, with 'hf auth login'."""
     folder = _folder(model)
     if dry_run:
         check_folder(folder)
         for file in FILES:
             console.print(f"{file}: {(folder / file).stat().st_size:,} bytes")
-        console.print(f"{folder} is whole; nothing was uploaded to {repo}.")
+        console.print(f"{folder} is complete; nothing was uploaded to {repo}.")
         return
     done = publish(folder, repo, private, revision, report=console.print)
     console.print(f"{repo} holds {folder.name}, at commit {done.commit}" + ("" if done.changed else ", as before"))
     if done.others:
-        console.print(f"It also has {', '.join(done.others)}, which are not the folder's.")
+        console.print(f"It also has {', '.join(done.others)}, which are not part of the folder.")
 
 
 @command("export-hub")
 def export_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of train.py's, e.g. last.pth.tar.")],
-    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of train.py, e.g. last.pth.tar.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
     held_out: Annotated[
         str | None,
-        typer.Option(help="Split to fix thresholds on, not trained on; by default the run's validation split."),
+        typer.Option(help="Held-out split that fixes thresholds; by default the run's validation split."),
     ] = None,
     test: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
     dataset: Dataset = None,
@@ -80,14 +80,14 @@ def export_checkpoint(
     batch_size: BatchSize = 128,
     workers: Workers = 1,
 ) -> None:
-    """From a checkpoint of train.py's to a folder that can be published: weights, presets, results, card."""
+    """Make a folder for the Hub from a checkpoint of train.py: weights, presets, results, card."""
     run = read_run(checkpoint)
     where = data_of(
         str(checkpoint), dataset=dataset, root=data_dir, split=held_out, input_key=input_key, target_key=target_key
     )
     held_out = where.pop("split")
     if held_out == test:
-        raise ValueError(f"--held-out and --test are both {test}; thresholds fixed on the test split would flatter it.")
+        raise ValueError(f"--held-out and --test are both {test}; fix thresholds on a split that is not measured on.")
 
     def collect(model: MultiExitModel, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         loader = dataset_loader(model, **where, split=split, batch_size=batch_size, workers=workers)
@@ -99,4 +99,4 @@ def export_checkpoint(
         **base_model(run, checkpoint),
     )
     export(trained_model(run, checkpoint), output.resolve(), collect, held_out, test, facts)
-    console.print(f"{output} is whole; 'timm-dfs publish {output} --repo user/name' uploads it")
+    console.print(f"{output} is complete; 'timm-dfs publish {output} --repo user/name' uploads it")

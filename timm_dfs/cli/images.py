@@ -35,38 +35,42 @@ from .base import (
 def predict_images(
     model_name: ModelName,
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
-    preset: Annotated[str | None, typer.Option(help=f"Operating point; by default {DEFAULT_PRESET!r}.")] = None,
-    thresholds: Annotated[str | None, typer.Option(help="One per exit, commas between, instead of a preset.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Preset; by default {DEFAULT_PRESET!r}.")] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Thresholds instead of a preset, one per exit, separated by commas.")
+    ] = None,
     checkpoint: Checkpoint = None,
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Classify images: every exit's answer and cost, and which exit early exit would take."""
+    """Classify images; show every exit's prediction and cost, and the exit taken."""
     opened = [(str(path), open_image(path)) for path in images]
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     policy = choose_policy(model, preset, thresholds)
     costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
-    answers = _answers(model, opened, policy, costs, whole)
+    predictions = _predictions(model, opened, policy, costs, whole)
     if as_json:
-        return print_json(dict(model=model_name, last_exit_alone=whole, images=answers))
-    for answer in answers:
-        table = make_table("exit", "answer", "confidence", "multiply-adds, M", title=answer["image"])
-        for row in answer["exits"]:
+        return print_json(dict(model=model_name, last_exit_alone=whole, images=predictions))
+    for prediction in predictions:
+        table = make_table("exit", "prediction", "confidence", "multiply-adds, M", title=prediction["image"])
+        for row in prediction["exits"]:
             table.add_row(
                 str(row["exit"]),
                 row["label"],
                 f"{row['confidence']:.3f}",
                 millions(row["flops"]),
-                style="bold green" if row["exit"] == answer["exit"] else None,
+                style="bold green" if row["exit"] == prediction["exit"] else None,
             )
         console.print(table)
-        console.print(f"exit {answer['exit']} answers [bold]{answer['label']}[/], {saving(answer['saved'])}")
+        console.print(
+            f"exit {prediction['exit']} is taken: [bold]{prediction['label']}[/], {saving(prediction['saved'])}"
+        )
 
 
-def _answers(
+def _predictions(
     model: MultiExitModel, images: list[tuple[str, Image.Image]], policy: ExitPolicy, costs: list[int], whole: int
 ) -> list[dict[str, Any]]:
-    """What every exit says of each image, and which one answers."""
+    """Every exit's prediction for each image, and the exit taken."""
     with evaluating(model), torch.inference_mode():
         logits = torch.stack(model.forward_exits(prepare(model, [image for _, image in images])))
     confidence, label = logits.softmax(-1).max(-1)
@@ -75,38 +79,38 @@ def _answers(
     if broken.any():
         names = ", ".join(name for (name, _), is_broken in zip(images, broken.tolist()) if is_broken)
         raise ValueError(f"The network's logits for {names} hold NaN; check its weights.")
-    answers = []
+    predictions = []
     for i, ((name, _), k) in enumerate(zip(images, policy.exit_index(logits).tolist(), strict=True)):
         exits = [
             dict(exit=j, label=labels[label[j, i]], confidence=confidence[j, i].item(), flops=costs[j])
             for j in range(model.num_exits)
         ]
-        answers.append(
+        predictions.append(
             dict(image=name, exit=k, label=exits[k]["label"], flops=costs[k], saved=1 - costs[k] / whole, exits=exits)
         )
-    return answers
+    return predictions
 
 
 @command("demo")
 def run_demo(
-    preset: Annotated[str, typer.Option(help="Operating point.")] = DEFAULT_PRESET,
+    preset: Annotated[str, typer.Option(help="Preset.")] = DEFAULT_PRESET,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the timed batch.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Early exit on real photographs: which exit answers, at what cost, and the measured speed-up."""
+    """Show early exit on photographs: predictions, exits taken, costs, and the measured speed-up."""
     images = demo.photographs()
     model_name = demo.MODEL
     model = create(model_name, pretrained=True)
     policy = resolve_policy(model, preset)
     costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
-    answers = _answers(model, [*images.items()], policy, costs, whole)
+    predictions = _predictions(model, [*images.items()], policy, costs, whole)
     speed = demo.measure(model, [*images.values()], policy, batch_size)
     mean_cost = sum(count * cost for count, cost in zip(speed.exit_counts, costs, strict=True)) / batch_size
     data: dict[str, Any] = dict(
         model=model_name,
         preset=preset,
         last_exit_alone=whole,
-        photographs=[dict(answer, subject=demo.PHOTOGRAPHS[answer["image"]]) for answer in answers],
+        photographs=[dict(row, subject=demo.PHOTOGRAPHS[row["image"]]) for row in predictions],
         batch_size=batch_size,
         exit_counts=speed.exit_counts,
         mean_flops=mean_cost,
@@ -116,7 +120,7 @@ def run_demo(
     )
     if as_json:
         return print_json(data)
-    table = make_table("photograph", "is a", "answer", "exit", "confidence", "cost, M", "saved")
+    table = make_table("photograph", "is a", "prediction", "exit", "confidence", "cost, M", "saved")
     for row in data["photographs"]:
         table.add_row(
             row["image"],
@@ -130,12 +134,12 @@ def run_demo(
     console.print(table)
     absent = [row["image"] for row in data["photographs"] if row["subject"] is None]
     console.print(
-        f"CIFAR-100 has no class for {', '.join(absent)}: whatever is answered there is wrong. "
-        "Cost in multiply-adds, saved against the last exit alone."
+        f"CIFAR-100 has no class for {', '.join(absent)}: every prediction for them is wrong. "
+        "Costs are multiply-adds; savings are relative to the last exit alone."
     )
     console.print(
         f"\n{batch_size} crops of them in one batch ({data['threads']} threads, torch {data['torch']}): "
         f"early exit {speed.early:,.0f} images/s, the last exit alone {speed.full:,.0f} images/s: "
         f"[bold]{speed.early / speed.full:.2f}×[/] as fast, with {whole / mean_cost:.2f}× fewer multiply-adds. "
-        f"Exits 0 to {model.num_exits - 1} answered {', '.join(map(str, speed.exit_counts))} of them."
+        f"Exits 0 to {model.num_exits - 1} were taken by {', '.join(map(str, speed.exit_counts))} of them."
     )

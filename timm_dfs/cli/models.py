@@ -1,4 +1,4 @@
-"""``timm-dfs list``, ``info`` and ``flops``: what there is."""
+"""``timm-dfs list``, ``info`` and ``flops``: models, their exits and costs."""
 
 from typing import Annotated, Any
 
@@ -24,12 +24,12 @@ from .base import (
 
 @command("list")
 def list_models(
-    pattern: Annotated[str | None, typer.Argument(help="Only these, e.g. 'dfs_resnet*'; twins included.")] = None,
+    pattern: Annotated[str | None, typer.Argument(help="Names to list, e.g. 'dfs_resnet*'; includes twins.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The models there are, and which come with trained weights.
+    """List the models and say which have trained weights.
 
-    Without a pattern, twins of timm's architectures are left out unless they have trained exits.
+    Without a pattern, twins of timm's architectures are listed only if they have trained exits.
     """
     twins = {f"{PREFIX}{base}" for base in BASES}
     wanted = pattern or f"{PREFIX}*"
@@ -37,8 +37,8 @@ def list_models(
     if pattern is None:
         names = [name for name in names if name not in twins or is_model_pretrained(name)]
     if not names:
-        raise ValueError(f"No model is called {pattern}; 'timm-dfs list' names some, '{PREFIX}*' is all of them.")
-    tagged = [name for name in timm.list_pretrained(wanted) if "." in name]  # several trained weights of one model
+        raise ValueError(f"No model matches {pattern}; 'timm-dfs list' lists some models, '{PREFIX}*' matches all.")
+    tagged = [name for name in timm.list_pretrained(wanted) if "." in name]  # further weights of one model
     names = [row for name in names for row in (name, *(tag for tag in tagged if get_arch_name(tag) == name))]
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -63,7 +63,7 @@ def list_models(
 
 @command("info")
 def show_info(model_name: ModelName, model_kwargs: ModelKwargs = None, as_json: AsJson = False) -> None:
-    """A model's exits, settings, size and presets."""
+    """Show a model's exits, settings, size and presets."""
     weights = has_weights(model_name)
     model = create(model_name, pretrained=weights, model_kwargs=model_kwargs)
     costs = exit_flops(model)
@@ -104,7 +104,7 @@ def show_flops(
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Multiply-adds up to each exit, in both conventions."""
+    """Count the multiply-adds (MACs) up to each exit, in the published and the lazy convention."""
     model = create(model_name, pretrained=False, model_kwargs=model_kwargs)
     size = tuple(input_size or model.pretrained_cfg["input_size"])
     data: dict[str, Any] = dict(
@@ -123,7 +123,7 @@ def show_flops(
         table.add_row(str(k), millions(published), millions(lazy))
     console.print(table)
     console.print(
-        "published: all that the training forward computes up to the exit; lazy: what early exit computes; "
-        f"the last exit alone, no other head: {millions(data['last_exit_alone'])} M. "
-        "BatchNorm counts, as fvcore has it."
+        "published: everything that the training forward pass computes up to the exit; lazy: what early exit computes; "
+        f"the last exit alone, with no other head: {millions(data['last_exit_alone'])} M. "
+        "Batch norm is counted, as in fvcore."
     )

@@ -1,4 +1,4 @@
-"""``timm-dfs report``: a page with what a model is worth, to look at."""
+"""``timm-dfs report``: a model's measurements as an HTML page."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from .base import DEFAULT_PRESET, AsJson, Checkpoint, ModelKwargs, ModelName, co
 from .source import BatchSize, DataDir, Dataset, InputKey, Split, TargetKey, Workers, data_of, tracked
 
 TIMED = (1, 64)
-"""Batch sizes: the least that one can wait for, and enough to fill a processor."""
+"""Batch sizes: a single image, and enough images to use all of a processor."""
 
 
 @command("report")
@@ -31,22 +31,24 @@ def report(
     split: Split = None,
     val_split: Annotated[
         str | None,
-        typer.Option(help="Split held out of training, e.g. 'train[45000:]': draws the curve of early exit, too."),
+        typer.Option(help="Split held out of training, e.g. 'train[45000:]'; fixes the curve of early exit."),
     ] = None,
     input_key: InputKey = None,
     target_key: TargetKey = None,
-    output: Annotated[Path, typer.Option(help="A new folder for the page and its figures.")] = Path("report"),
-    seconds: Annotated[float, typer.Option(min=0, help="How long to measure each batch size's time; 0: do not.")] = 10,
+    output: Annotated[Path, typer.Option(help="New folder for the page and its figures.")] = Path("report"),
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Duration of the timing of each batch size; 0: no timing.")
+    ] = 10,
     batch_size: BatchSize = 128,
     workers: Workers = 1,
     checkpoint: Checkpoint = None,
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on test data and make a page of it: index.html, which needs nothing else, and its figures.
+    """Measure a model on test data and write the results as one self-contained HTML page, with its figures as files.
 
-    Accuracy against cost, who leaves where, reliability, risk against coverage, time, images by exit, and where early
-    exit loses. Operating points are the model's presets; see timm-dfs calibrate.
+    The page shows accuracy against cost, the share of images at each exit, reliability, risk against coverage, time,
+    images by exit, and where early exit loses. Operating points are the model's presets; see timm-dfs calibrate.
     """
     require_plots()
     check_new(output)
@@ -86,11 +88,11 @@ def report(
                 timings=list(map(asdict, timings)),
             )
         )
-    console.print(f"Written to {files[0]}, its figures beside it: {', '.join(file.name for file in files[1:])}.")
+    console.print(f"Wrote {files[0]} and its figures: {', '.join(file.name for file in files[1:])}.")
     if not findings.points:
-        console.print(f"{model_name} has no operating points; timm-dfs calibrate fits some.")
+        console.print(f"{model_name} has no operating points; timm-dfs calibrate fits them.")
     if not findings.curve:
-        console.print("No curve of early exit: its thresholds need --val-split, a split held out of training.")
+        console.print("There is no curve of early exit: its thresholds need --val-split, a split held out of training.")
 
 
 def _check_val_split(val_split: str | None, split: str) -> None:
@@ -104,7 +106,7 @@ def _check_val_split(val_split: str | None, split: str) -> None:
 
 
 def _time(model: MultiExitModel, loader: Any, samples: int, seconds: float) -> tuple[list[Timing], list[str]]:
-    """How fast the model is on images drawn at random, and what the reader must know of it."""
+    """Times of the model on images drawn at random, and notes on them for the reader."""
     sizes = [size for size in TIMED if size <= samples]
     count = min(samples, max(128, max(sizes)))
     drawn = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[:count].tolist()
@@ -115,6 +117,6 @@ def _time(model: MultiExitModel, loader: Any, samples: int, seconds: float) -> t
         images = images.contiguous(memory_format=torch.channels_last)
     except ValueError as error:
         network = model
-        notes.append(f"Times are of the network as it is: {error}")
+        notes.append(f"Times are those of the network without fusion: {error}")
     policies = {name: resolve_policy(model, name) for name in model.presets}
     return measure(network, images, policies, sizes, seconds), notes

@@ -1,4 +1,4 @@
-"""``timm-dfs timm``: timm's own scripts with the plugin imported."""
+"""``timm-dfs timm``: timm's own scripts, run with the plugin imported."""
 
 import os
 import runpy
@@ -18,8 +18,8 @@ def run_script(
     context: typer.Context,
     script: Annotated[str, typer.Argument(help=f"Path of the script, or its name in the folder ${SCRIPTS}.")],
 ) -> None:
-    """Run one of timm's scripts (validate.py, inference.py, benchmark.py, onnx_export.py), which know no plugins."""
-    if script == "--help":  # after a script's name it is the script's
+    """Run one of timm's scripts (validate.py, inference.py, benchmark.py, onnx_export.py) with this plugin imported."""
+    if script == "--help":  # after a script's name, --help belongs to the script
         typer.echo(context.get_help())
         raise typer.Exit()
     file = find_script(script, context.args)
@@ -29,10 +29,10 @@ def run_script(
 
 @one_line_errors
 def find_script(script: str, args: list[str]) -> Path:
-    """Where a script of timm's is.
+    """Path of a script of timm.
 
     Raises:
-        ValueError: If it is not there, or its arguments ask for what cannot work with exits.
+        ValueError: If it does not exist, or its arguments ask for something that cannot work with exits.
     """
     folder = os.environ.get(SCRIPTS)
     candidates = [Path(script), *([Path(folder) / script] if folder else [])]

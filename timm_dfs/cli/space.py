@@ -1,4 +1,4 @@
-"""``timm-dfs space``: the page to try a model on, in a browser."""
+"""``timm-dfs space``: a web page to try a model."""
 
 from typing import Annotated
 
@@ -11,10 +11,10 @@ from .base import Checkpoint, ModelKwargs, command, create
 
 @command("space")
 def serve(
-    model_name: Annotated[str, typer.Argument(help="A model with weights.", metavar="MODEL")] = demo.MODEL,
-    port: Annotated[int | None, typer.Option(help="Port; by default a free one from 7860 on.")] = None,
+    model_name: Annotated[str, typer.Argument(help="Model with weights.", metavar="MODEL")] = demo.MODEL,
+    port: Annotated[int | None, typer.Option(help="Port; by default the first free one from 7860 on.")] = None,
     checkpoint: Checkpoint = None,
     model_kwargs: ModelKwargs = None,
 ) -> None:
-    """Serve a page where you drop an image and see which exit answers it. Nothing leaves this machine."""
+    """Serve a page where you drop an image and see the exit that it takes. No data leave this machine."""
     launch(page(create(model_name, True, checkpoint, model_kwargs), model_name), port)

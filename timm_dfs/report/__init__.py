@@ -5,15 +5,15 @@ from .drawbacks import where_it_loses
 from .figures import Drawing, draw, require_plots
 from .findings import ExitAlone, Findings, Point, find
 from .page import PAGE, check_new, render, write_report
-from .pictures import Answered, Picture, strip
+from .pictures import ExitPictures, Picture, strip
 from .published import Published, published_results
 
 __all__ = [
     "PAGE",
     "About",
-    "Answered",
     "Drawing",
     "ExitAlone",
+    "ExitPictures",
     "Findings",
     "Picture",
     "Point",

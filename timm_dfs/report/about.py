@@ -1,4 +1,4 @@
-"""What a report is about: the network, the data, the machine, the training."""
+"""Facts about a report: network, data, machine and training."""
 
 import json
 import platform
@@ -15,19 +15,19 @@ from ..version import __version__
 
 @dataclass(frozen=True)
 class About:
-    """What a report's figures are of.
+    """Facts about a report.
 
     Attributes:
-        model: As the command line names it.
-        dataset: Likewise.
-        split: The split measured on.
-        val_split: The split that thresholds of the curve are from, if there is a curve.
-        training: How the weights were trained, in words; empty if nothing tells.
-        epochs: For how many epochs, if something tells.
-        command: What made the report.
+        model: Name of the model, as on the command line.
+        dataset: Name of the data set, as on the command line.
+        split: Split that was measured on.
+        val_split: Split that fixed the curve's thresholds, if there is a curve.
+        training: Description of the training of the weights; empty if nothing is recorded.
+        epochs: Number of epochs, if recorded.
+        command: Command that made the report.
         machine: Processor, threads and versions.
-        versions: More of them.
-        date: When, in UTC.
+        versions: Further versions.
+        date: Date and time, in UTC.
     """
 
     model: str
@@ -43,9 +43,9 @@ class About:
 
 
 def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, int | None]:
-    """How a model's weights were trained, in words, and for how many epochs; ``("", None)`` where nothing tells.
+    """Description of the training of a model's weights and number of epochs; ``("", None)`` if nothing is recorded.
 
-    What tells is a checkpoint of ``train.py``'s, or the results beside packaged weights or in a model's folder.
+    Sources are a checkpoint of ``train.py``, or the results beside packaged weights or in a model's folder.
 
     Raises:
         ValueError: If the results cannot be read.
@@ -54,7 +54,7 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
         return "", None
     if Path(model_name).is_file():
         epochs = read_run(Path(model_name)).epoch + 1
-        return f"a checkpoint of train.py's after {_epochs(epochs)}", epochs
+        return f"a checkpoint of train.py after {_epochs(epochs)}", epochs
     if model_name.startswith("local-dir:"):
         folder: Path | None = Path(model_name.removeprefix("local-dir:"))
     else:
@@ -68,7 +68,7 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"Cannot read how the weights were trained from {folder / RESULTS_FILE} ({type(error).__name__}: {error}); "
-            "take the file away, or write it anew."
+            "remove the file or correct it."
         ) from error
     return f"{_epochs(epochs)} on {samples:,} images, recipe {recipe}, {hardware}", epochs
 

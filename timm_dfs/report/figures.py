@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib: each a figure and what it shows in words."""
+"""Figures of a report, drawn with matplotlib, each with a description in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.8
-"""Inches: narrow enough that the text is still of readable size on a phone, where a figure is as wide as the screen."""
+"""Width in inches: narrow enough for readable text on a phone, where a figure is as wide as the screen."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -50,18 +50,18 @@ _STYLE: Any = {
 }
 
 _MARKERS = "D^vsPX*<>hpd8"
-"""One an operating point; of more than there are, some have the same."""
+"""Markers of operating points, repeated if there are more points."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, drawn.
+    """A drawn figure.
 
     Attributes:
-        name: Of its files, without ending.
-        alt: What it shows, for who does not see it.
-        svg: As a file.
-        png: As a file.
+        name: Name of its files, without suffix.
+        alt: Description of its contents for readers who do not see it.
+        svg: Content of the SVG file.
+        png: Content of the PNG file.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Drawing:
     png: bytes
 
     def inline(self) -> str:
-        """The SVG to be part of a page: as wide as its place, in the page's colours, its ids its own."""
+        """SVG for embedding in a page: full width, in the page's colours, with ids that are unique in the page."""
         svg = self.svg[self.svg.index("<svg") :]
         svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
         svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -88,18 +88,18 @@ class Drawing:
 
 
 def require_plots() -> None:
-    """Raise ``ModuleNotFoundError`` with the remedy where figures cannot be drawn."""
+    """Raise ``ModuleNotFoundError`` with the remedy if figures cannot be drawn."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"A report needs {error.name}, of the plots extra: pip install 'timm-dfs[plots]'."
+            f"A report needs {error.name} from the plots extra: pip install 'timm-dfs[plots]'."
         ) from error
 
 
 def draw(findings: Findings, timings: Sequence[Timing] = ()) -> dict[str, Drawing]:
-    """Every figure that there is something to draw in, by name.
+    """All figures that the findings have data for, by name.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -201,8 +201,9 @@ def _published(figure: Figure, findings: Findings, published: Published) -> str:
     _cost_and_accuracy_axes(figure, axes)
     best = {method: max(top1 for _, top1 in curve) for method, curve in published.budgeted_batch_M.items()}
     return (
-        f"The same against what was published of {published.title}, costs counted as there. Best of the published "
-        f"curves: {', '.join(f'{method} {top1:.2f} %' for method, top1 in best.items())}; best exit of these weights: "
+        f"Accuracy against mean cost beside published results of {published.title}, with costs in the published "
+        f"convention. Best accuracy of the published curves: "
+        f"{', '.join(f'{method} {top1:.2f} %' for method, top1 in best.items())}; best exit of these weights: "
         f"{max(alone.accuracy for alone in findings.exits):.2f} %."
     )
 
@@ -212,7 +213,7 @@ def _static_exits(axes: Axes, flops: Sequence[float], findings: Findings, label:
     costs, accuracies = [cost / 1e6 for cost in flops], [alone.accuracy for alone in findings.exits]
     axes.plot(costs, accuracies, color=colours[len(colours) // 2], linewidth=1, alpha=0.5, marker="o", label=label)
     for k, (cost, accuracy) in enumerate(zip(costs, accuracies)):
-        height = 3 + k / len(costs)  # an exit hides the one before it, number and all
+        height = 3 + k / len(costs)  # an exit covers the one before it, its number included
         axes.scatter(cost, accuracy, s=130, color=colours[k], zorder=height)
         axes.annotate(
             str(k),
@@ -242,7 +243,7 @@ def _operating_points(axes: Axes, costs: dict[str, float], findings: Findings) -
 
 
 def _cost_and_accuracy_axes(figure: Figure, axes: Axes) -> None:
-    axes.set_xlabel("mean multiply-adds an image, millions")
+    axes.set_xlabel("mean multiply-adds per image, millions")
     axes.set_ylabel("top-1, %")
     axes.margins(0.06, 0.1)
     figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handletextpad=0.5)
@@ -273,11 +274,11 @@ def _exit_shares(figure: Figure, findings: Findings) -> str:
         f"{name}: " + ", ".join(f"exit {k} {share:.1%}" for k, share in enumerate(point.measured.exit_shares))
         for name, point in findings.points.items()
     )
-    return f"Share of the images that each exit answers, by operating point. {'; '.join(rows)}."
+    return f"Share of the images that take each exit, by operating point. {'; '.join(rows)}."
 
 
 _ROOM = 7
-"""Percent: the narrowest part of a bar that its number fits into."""
+"""Narrowest part of a bar that gets a number, in percent."""
 
 
 def _exit_legend(figure: Figure, num_exits: int) -> None:
@@ -294,7 +295,7 @@ def _exit_legend(figure: Figure, num_exits: int) -> None:
 
 
 _FEW = 20
-"""Samples in a bin, below which how many of them are right says little."""
+"""Number of samples in a bin below which its accuracy is too uncertain to show in full colour."""
 
 
 def _reliability(figure: Figure, findings: Findings) -> str:
@@ -322,9 +323,11 @@ def _reliability(figure: Figure, findings: Findings) -> str:
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.tick_params(labelbottom=k + 3 >= num_exits)
     figure.supxlabel("confidence", fontsize=10)
-    figure.supylabel("share that is right", fontsize=10)
+    figure.supylabel("share of correct predictions", fontsize=10)
     errors = ", ".join(f"exit {k} {alone.calibration_error:.3f}" for k, alone in enumerate(findings.exits))
-    return f"Reliability diagrams, one an exit: how many answers are right, by confidence. Calibration error: {errors}."
+    return (
+        f"Reliability diagrams, one per exit: share of correct predictions by confidence. Calibration error: {errors}."
+    )
 
 
 def _risk_coverage(figure: Figure, findings: Findings) -> str:
@@ -332,17 +335,17 @@ def _risk_coverage(figure: Figure, findings: Findings) -> str:
     told = []
     for k, ((coverage, risk), colour) in enumerate(zip(findings.risk_coverage, exit_colours(len(findings.exits)))):
         step = max(1, len(coverage) // 250)
-        seen = coverage >= 0.01  # below, a curve is of a handful of samples
+        seen = coverage >= 0.01  # below, a point stands for too few samples
         shown = [(100 * values[seen].flip(0)[::step].flip(0)).tolist() for values in (coverage, risk)]
         axes.plot(*shown, color=colour, linewidth=1.6, label=f"exit {k}")
         half = int((coverage - 0.5).abs().argmin())
         told.append(f"exit {k} {risk[half]:.1%} and {risk[-1]:.1%}")
-    axes.set_xlabel("images answered, the surest first, %")
-    axes.set_ylabel("of those wrong, %")
+    axes.set_xlabel("images predicted, highest confidence first, %")
+    axes.set_ylabel("wrong predictions among them, %")
     axes.set_xlim(0, 100)
     axes.set_ylim(bottom=0)
     _exit_legend(figure, len(findings.exits))
-    return f"Risk against coverage, one curve an exit. Errors at half of the images and at all: {', '.join(told)}."
+    return f"Risk against coverage, one curve per exit. Errors at half of the images and at all: {', '.join(told)}."
 
 
 def _latency(figure: Figure, timings: Sequence[Timing]) -> str:

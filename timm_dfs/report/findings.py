@@ -1,4 +1,4 @@
-"""Everything a report shows of accuracy and cost, measured on test logits."""
+"""Accuracies and costs of a report, measured on test logits."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .published import Published, published_results
 
 @dataclass(frozen=True)
 class ExitAlone:
-    """An exit as a network of its own, cut off there: early exit's rival at lower cost.
+    """An exit as a network that ends there: the baseline for early exit at that cost.
 
     Attributes:
         accuracy: Top-1, percent.
@@ -34,16 +34,16 @@ class ExitAlone:
 
 @dataclass(frozen=True)
 class Point:
-    """An operating point that came with the model.
+    """An operating point stored with the model.
 
     Attributes:
-        policy: Its policy.
-        measured: What it does; costs are those of what :func:`timm_dfs.predict` executes.
-        published_flops: Its mean cost as published figures count, nothing skipped.
-        rescued: Percent of the samples whose early answer is right and whose last exit's is wrong.
-        harmed: Percent of the samples of which the reverse is true.
-        exit_index: The exit that answers each sample (N,).
-        fitted_on: What the model says of the data that it was fitted on, in words.
+        policy: Policy of the operating point.
+        measured: Accuracy and cost; costs count what :func:`timm_dfs.predict` executes.
+        published_flops: Mean cost in the convention of published figures, which skips nothing.
+        rescued: Percentage of samples for which the exit taken is right and the last exit wrong.
+        harmed: Percentage of samples for which the exit taken is wrong and the last exit right.
+        exit_index: Exit that each sample takes (N,).
+        fitted_on: Description of the data that the point was fitted on, as stored with the model.
     """
 
     policy: ExitPolicy
@@ -57,22 +57,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured of one network on one data set's test samples.
+    """Measurements of one network on one data set's test samples.
 
     Attributes:
-        samples: How many samples.
-        classes: How many classes.
+        samples: Number of samples.
+        classes: Number of classes.
         exits: Each exit alone (E,).
-        flops: What a sample costs that leaves at each exit, all heads before it computed (E,).
-        last_exit_flops: What the last exit alone costs.
+        flops: Multiply-adds of a sample that takes each exit, with all heads before it computed (E,).
+        last_exit_flops: Multiply-adds of the last exit alone.
         points: The model's operating points by name.
         curve: Budgeted batch classification with thresholds from validation logits; empty without those.
-        curve_samples: How many validation samples fixed its thresholds.
-        reliability: How often each exit is right, by its confidence.
+        curve_samples: Number of validation samples that fixed the curve's thresholds.
+        reliability: Accuracy of each exit by confidence.
         risk_coverage: Coverage and risk of each exit.
-        published: What others published of this network on this data set, if anything is known.
-        published_flops: What each exit costs as published figures count (E,).
-        published_curve: ``curve`` in that count; empty where nothing is published.
+        published: Published results of this network on this data set, if there are any.
+        published_flops: Multiply-adds of each exit in the published convention (E,).
+        published_curve: ``curve`` in that convention; empty where nothing is published.
     """
 
     samples: int
@@ -91,7 +91,7 @@ class Findings:
 
     @property
     def standard_error(self) -> float:
-        """Of the last exit's accuracy, in percentage points, over the drawing of the samples."""
+        """Standard error of the last exit's accuracy over the drawing of the samples, in percentage points."""
         right = self.exits[-1].accuracy / 100
         return 100 * math.sqrt(right * (1 - right) / self.samples)
 
@@ -100,9 +100,9 @@ def find(model: MultiExitModel, test: Data, val: Data | None = None, dataset: st
     """Measure a network's exits and operating points.
 
     Args:
-        model: The network; its ``presets`` are the operating points.
+        model: Network whose ``presets`` are the operating points.
         test: Test logits (E, N, C) and targets (N,), which had no part in any choice.
-        val: Validation logits (E, M, C) and targets (M,), from which the budgeted-batch curve gets its thresholds.
+        val: Validation logits (E, M, C) and targets (M,) that fix the thresholds of the budgeted-batch curve.
         dataset: Name of the data set, for published results.
 
     Raises:
@@ -111,14 +111,14 @@ def find(model: MultiExitModel, test: Data, val: Data | None = None, dataset: st
     """
     logits, targets = test
     if logits.shape[0] != model.num_exits:
-        raise ValueError(f"test has {logits.shape[0]} exits, the model {model.num_exits}; they must be of one network.")
+        raise ValueError(f"test has {logits.shape[0]} exits, the model {model.num_exits}; give logits of this model.")
     accuracy, error = anytime_accuracy(logits, targets), calibration_error(logits, targets)
     if val is not None:
         refuse_seen(fingerprints(val[0]), logits, "test", "the budgeted-batch curve")
     alone = exit_flops(model, lazy=True, heads=())
     flops, published_flops = exit_flops(model, lazy=True), exit_flops(model)
     published = published_results(dataset, model.num_classes, published_flops)
-    executed = {tuple(range(model.num_exits)): flops}  # by the exits that may answer: counting takes seconds
+    executed = {tuple(range(model.num_exits)): flops}  # by the exits that are enabled: counting takes seconds
     policies = {name: resolve_policy(model, name) for name in model.presets}
     for policy in policies.values():
         if policy.answering not in executed:
@@ -147,13 +147,13 @@ def _point(policy: ExitPolicy, preset: dict, test: Data, flops: list[int], publi
     logits, targets = test
     exits = policy.exit_index(logits)
     right = logits.argmax(-1) == targets
-    answered, last = right.gather(0, exits[None])[0], right[-1]
+    taken, last = right.gather(0, exits[None])[0], right[-1]
     return Point(
         policy=policy,
         measured=measure_policy(policy, test, flops),
         published_flops=measure_policy(policy, test, published_flops).average_flops,
-        rescued=100 * (answered & ~last).double().mean().item(),
-        harmed=100 * (last & ~answered).double().mean().item(),
+        rescued=100 * (taken & ~last).double().mean().item(),
+        harmed=100 * (last & ~taken).double().mean().item(),
         exit_index=exits,
         fitted_on=_fitted_on(preset),
     )

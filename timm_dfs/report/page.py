@@ -1,4 +1,4 @@
-"""The report as one page that refers to nothing outside itself, and its figures as files."""
+"""The report as one self-contained page, and its figures as files."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from .about import About
 from .drawbacks import where_it_loses
 from .figures import Drawing, draw
 from .findings import Findings
-from .pictures import Answered
+from .pictures import ExitPictures
 from .theme import EARLY, NEUTRAL, exit_colours
 
 PAGE = "index.html"
@@ -21,22 +21,22 @@ def write_report(
     about: About,
     timings: Sequence[Timing] = (),
     chosen: str | None = None,
-    strip: Sequence[Answered] = (),
+    strip: Sequence[ExitPictures] = (),
     notes: Sequence[str] = (),
 ) -> list[Path]:
-    """Write ``index.html`` and every figure as SVG and PNG into a new folder: all of them, or nothing.
+    """Write ``index.html`` and every figure as SVG and PNG into a new folder, all of them or none.
 
     Args:
-        folder: One that does not exist yet, or is empty.
-        findings: What was measured.
-        about: What it was measured of.
-        timings: How fast the network is, if that was measured.
-        chosen: The operating point that the head of the page and the strip of images are about.
-        strip: Images by the exit that answered them.
-        notes: What else the reader must know.
+        folder: Folder that does not exist yet or is empty.
+        findings: Measured accuracies and costs.
+        about: Model, data, machine and training.
+        timings: Times of the network, if measured.
+        chosen: Name of the operating point in the head of the page and the strip of images.
+        strip: Images by the exit that they took.
+        notes: Further sentences for the reader.
 
     Returns:
-        The files, the page first.
+        Paths of the files, the page first.
 
     Raises:
         ValueError: If the folder holds files, or its parent does not exist.
@@ -55,11 +55,11 @@ def write_report(
 
 
 def check_new(folder: Path) -> None:
-    """Raise ``ValueError`` unless a report can be written to ``folder`` without taking the place of anything."""
+    """Raise ``ValueError`` unless a report can be written to ``folder`` without replacing anything."""
     if not folder.resolve().parent.is_dir():
         raise ValueError(f"--output is {folder}; there is no folder {folder.parent}.")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"--output is {folder}, which is there already; give a folder that is not.")
+        raise ValueError(f"--output is {folder}, which is there already; give a folder that does not exist.")
 
 
 def render(
@@ -68,10 +68,10 @@ def render(
     about: About,
     timings: Sequence[Timing] = (),
     chosen: str | None = None,
-    strip: Sequence[Answered] = (),
+    strip: Sequence[ExitPictures] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """The page, HTML; arguments as for :func:`write_report`."""
+    """HTML of the page; arguments as for :func:`write_report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -83,7 +83,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["millions"] = lambda count: f"{count / 1e6:,.1f}"
-    environment.filters["words"] = lambda label: label.replace("_", " ")  # so that it can go on in the next line
+    environment.filters["words"] = lambda label: label.replace("_", " ")  # allows a line break
     environment.filters["svg"] = lambda drawing: Markup(drawing.inline())
     return environment.get_template("page.html").render(
         about=about,

@@ -1,4 +1,4 @@
-"""Images by the exit that answered them."""
+"""Images by the exit that they took."""
 
 import base64
 import io
@@ -13,33 +13,33 @@ from ..base.model import MultiExitModel
 from ..data.images import as_pictures
 
 LARGEST = 96
-"""Pixels: images are shown no larger."""
+"""Largest height and width of a displayed image, in pixels."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the data set and what was answered.
+    """An image of the data set and its prediction.
 
     Attributes:
-        source: The image as a data URI.
-        answer: The class answered.
-        truth: The class it has.
-        right: Whether they are one.
+        source: Data URI of the image.
+        predicted: Predicted class.
+        truth: Class of the image.
+        right: Whether the two are the same.
     """
 
     source: str
-    answer: str
+    predicted: str
     truth: str
     right: bool
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What one exit answered.
+class ExitPictures:
+    """Images that took one exit.
 
     Attributes:
-        exit_index: The exit.
-        samples: How many samples it answered.
+        exit_index: Index of the exit.
+        samples: Number of samples that took it.
         pictures: Some of them, drawn at random.
     """
 
@@ -55,34 +55,34 @@ def strip(
     exit_index: torch.Tensor,
     labels: Sequence[str],
     each: int = 12,
-) -> list[Answered]:
-    """For each exit some of the images that it answered, drawn at random and always the same: nobody chose them.
+) -> list[ExitPictures]:
+    """For each exit some of the images that took it, drawn at random with a fixed seed.
 
     Args:
-        model: The network that the images were prepared for.
-        dataset: From an index to an image, normalised (C, H, W), and its target; in the order of ``logits``.
+        model: Network that the images were prepared for.
+        dataset: Function from an index to an image, normalised (C, H, W), and its target, in the order of ``logits``.
         logits: Logits (E, N, C).
-        exit_index: The exit that answers each sample (N,).
+        exit_index: Exit that each sample takes (N,).
         labels: Names of the classes.
-        each: Most images of an exit.
+        each: Largest number of images per exit.
     """
     generator = torch.Generator().manual_seed(0)
     rows = []
     for k in range(len(logits)):
-        answered = (exit_index == k).nonzero()[:, 0]
-        chosen = answered[torch.randperm(len(answered), generator=generator)[:each]].tolist()
+        taken = (exit_index == k).nonzero()[:, 0]
+        chosen = taken[torch.randperm(len(taken), generator=generator)[:each]].tolist()
         pictures = []
         for i in chosen:
             image, target = dataset[i]
             (picture,) = as_pictures(model, image[None])
-            answer, truth = int(logits[k, i].argmax()), int(target)
-            pictures.append(Picture(data_uri(picture), labels[answer], labels[truth], answer == truth))
-        rows.append(Answered(k, len(answered), tuple(pictures)))
+            predicted, truth = int(logits[k, i].argmax()), int(target)
+            pictures.append(Picture(data_uri(picture), labels[predicted], labels[truth], predicted == truth))
+        rows.append(ExitPictures(k, len(taken), tuple(pictures)))
     return rows
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A picture as PNG inside an address, at most :data:`LARGEST` pixels high and wide."""
+    """Data URI of a picture as PNG, at most :data:`LARGEST` pixels high and wide."""
     small = picture.copy()
     small.thumbnail((LARGEST, LARGEST))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What others published of the same network on the same data set, to draw beside what is measured."""
+"""Published results of the same network on the same data set, drawn beside the measured ones."""
 
 import json
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ class Published:
     """Published accuracy and cost of one network on one data set's test samples.
 
     Attributes:
-        title: What they are of.
-        dataset: The data set's name, lower case, letters and figures only.
-        classes: How many it has.
-        epochs: How long the networks were trained.
-        source: Where the figures are from.
-        cost: What its costs count.
+        title: Network and data set.
+        dataset: Name of the data set, lower case, letters and digits only.
+        classes: Number of classes.
+        epochs: Number of training epochs.
+        source: Publication that the figures are taken from.
+        cost: Description of the operations that the costs count.
         flops_M: Millions of multiply-adds up to and including each exit (E,).
         exits: Top-1 of each exit, percent, by method (E,).
         budgeted_batch_M: Mean cost in millions and top-1 in percent, by method.
@@ -36,13 +36,13 @@ class Published:
 
 
 def published_results(dataset: str, classes: int, flops: Sequence[float]) -> Published | None:
-    """What was published of a network, recognised by its costs, on a data set, recognised by its name.
+    """Published results of a network, recognised by its costs, on a data set, recognised by its name; else ``None``.
 
     Args:
         dataset: Name or path of the data set, as in ``--dataset``.
-        classes: How many classes the network tells apart.
-        flops: ``exit_flops(model)``, which counts batch norm where published figures count ReLU and pooling: an exit
-            is the published one if its cost differs by less than 1 %.
+        classes: Number of classes of the network.
+        flops: ``exit_flops(model)``. It counts batch norm where published figures count ReLU and pooling, so costs
+            match if they differ by less than 1 %.
     """
     name = "".join(filter(str.isalnum, dataset.lower()))
     for entry in json.loads(_FILE.read_text()):

@@ -1,4 +1,4 @@
-"""Colours: those of a light page in files, and variables of the page's style sheet in the page."""
+"""Colours: fixed ones for a light page in files, variables of the style sheet in the page."""
 
 import re
 
@@ -9,10 +9,10 @@ NEUTRAL = {  # name: on a light page, on a dark one
     "surface": ("#fdfdfe", "#1a1e24"),
     "page": ("#f2f4f7", "#111418"),
 }
-"""What must change with the page. Everything else is of middling lightness, to be seen on both."""
+"""Colours that differ between light and dark pages. All others are of medium lightness, visible on both."""
 
 EARLY = "#e0701a"
-"""Early exit itself."""
+"""Colour of early exit."""
 
 _RAMP = ("#2a9d8f", "#3a82c4", "#7b5bd6", "#c2479a")
 
@@ -22,7 +22,7 @@ def light(name: str) -> str:
 
 
 def exit_colours(num_exits: int) -> list[str]:
-    """One colour an exit, shallow to deep, each far enough from its neighbours to be told apart."""
+    """One colour per exit, shallow to deep, distinguishable from its neighbours."""
     steps = [k * (len(_RAMP) - 1) / max(1, num_exits - 1) for k in range(num_exits)]
     return [_between(step) for step in steps]
 
@@ -34,7 +34,7 @@ def _between(step: float) -> str:
 
 
 def themed(svg: str) -> str:
-    """A drawing whose neutral colours follow the page's style sheet."""
+    """SVG with its neutral colours replaced by variables of the page's style sheet."""
     for name, (colour, _) in NEUTRAL.items():
         svg = re.sub(colour, f"var(--{name})", svg, flags=re.IGNORECASE)
     return svg

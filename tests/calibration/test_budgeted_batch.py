@@ -74,8 +74,8 @@ def test_every_point_is_what_its_thresholds_give_as_a_policy(golden_data, golden
     flops = torch.tensor(GOLDEN["flops"], dtype=torch.float64)
     for point in golden_curve[::8]:
         exits = ExitPolicy(point.thresholds).exit_index(logits)
-        answers = logits[exits, torch.arange(len(targets))].argmax(-1)
-        assert point.accuracy == pytest.approx(100 * (answers == targets).double().mean().item(), abs=1e-3)
+        predicted = logits[exits, torch.arange(len(targets))].argmax(-1)
+        assert point.accuracy == pytest.approx(100 * (predicted == targets).double().mean().item(), abs=1e-3)
         assert point.average_flops == pytest.approx(flops[exits].mean().item())
 
 
@@ -178,13 +178,13 @@ def test_samples_tied_with_the_threshold_leave_too():
     assert ExitPolicy(thresholds).exit_index(logits).tolist() == [0] * 10
 
 
-def test_thresholds_are_float32_and_the_last_exit_takes_everybody():
+def test_thresholds_are_float32_and_the_last_exit_takes_all_samples():
     thresholds = find_thresholds(torch.randn(3, 9, 4), torch.tensor([0.5, 0.2, 0.3]))
     assert thresholds.shape == (3,) and thresholds.dtype == torch.float32
     assert thresholds[-1] == -INF
 
 
-def test_nobody_leaves_where_the_fraction_is_less_than_one_sample():
+def test_no_sample_leaves_where_the_fraction_is_less_than_one_sample():
     assert find_thresholds(torch.randn(3, 9, 4), [0.1, 0.0, 0.9])[:2].tolist() == [INF, INF]
 
 

@@ -108,7 +108,7 @@ def test_the_cheapest_and_the_dearest_budget_can_be_had(val):
 
 
 @pytest.mark.parametrize("confidence", ["max_prob", "patience"])
-def test_an_exit_that_may_not_answer_never_does(val, confidence):
+def test_an_exit_that_may_not_be_active_never_is(val, confidence):
     point = fit_operating_point(val, FLOPS, max_accuracy_drop=3, exits=[1, 2], confidence=confidence)
     assert 0 not in point.policy.answering and 3 in point.policy.answering
     assert point.policy.thresholds[0] == math.inf
@@ -128,7 +128,7 @@ def test_the_same_data_give_the_same_point(val):
     assert first.policy.thresholds == second.policy.thresholds
 
 
-def test_thresholds_lie_between_confidences_so_rounding_moves_nobody(val):
+def test_thresholds_lie_between_confidences_so_rounding_moves_no_sample(val):
     point = fit_operating_point(val, FLOPS, budget=40)
     exits = point.policy.exit_index(val[0])
     assert torch.equal(point.policy.exit_index(val[0].double()), exits)
@@ -206,7 +206,7 @@ def test_a_preset_is_json_that_gives_the_same_policy_again(val):
 )
 def test_a_preset_whose_known_fields_are_wrong_is_refused_by_the_field(field):
     preset = OperatingPoint(ExitPolicy([0.5] * 4), 1.0, 2.0, Source("noise", "validation", 4)).preset()
-    check_preset(dict(preset, somebody_elses=[1, 2]), 4)
+    check_preset(dict(preset, latencies=[1, 2]), 4)
     (name,) = field
     with pytest.raises(ValueError, match=name.removesuffix("s")):
         check_preset({**preset, **field}, 4)

@@ -153,7 +153,7 @@ def test_a_broken_preset_is_not_written(model, broken, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-def test_a_preset_with_fields_of_somebody_else_s_loads(model, tmp_path):
+def test_a_preset_with_further_fields_loads(model, tmp_path):
     model.presets["fast"]["latency_ms"] = dict(p50=3.2)
     write_presets(model, tmp_path / "m")
     again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, depths=(1, 2), widths=(6, 8))

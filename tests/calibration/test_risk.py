@@ -12,7 +12,7 @@ from timm_dfs.calibration.risk import is_shown
 
 SPLITS = 200
 FLOPS = [1.0, 2.0]
-# A family that no data chose: the early exit answers from these confidences on. The last exit is always right.
+# Points chosen without data: samples leave at the early exit from these confidences on. The last exit is correct.
 FAMILY = [
     OperatingPoint(ExitPolicy([threshold, 0.0]), 1 + cost, 0.0, Source("", "", 1))
     for threshold, cost in [(None, 1.0), *((1 - step / 100, 1 - step / 50) for step in range(2, 50, 2))]

@@ -183,13 +183,13 @@ def test_nan_logits_have_no_accuracy():
 def test_reliability_is_what_a_loop_over_samples_counts(seed, bins):
     logits, targets = random_case(seed)
     found = reliability(logits, targets, bins)
-    confidence, answer = logits.softmax(-1).max(-1)
+    confidence, predicted = logits.softmax(-1).max(-1)
     for k in range(3):
         for b in range(bins):
             inside = [i for i in range(40) if min(bins - 1, max(0, -(-confidence[k, i].item() * bins // 1) - 1)) == b]
             assert found.share[k, b].item() == pytest.approx(len(inside) / 40)
             if inside:
-                right = sum((answer[k, i] == targets[i]).item() for i in inside)
+                right = sum((predicted[k, i] == targets[i]).item() for i in inside)
                 assert found.accuracy[k, b].item() == pytest.approx(right / len(inside))
                 assert found.confidence[k, b].item() == pytest.approx(confidence[k, inside].mean().item(), rel=1e-5)
             else:
@@ -200,15 +200,15 @@ def test_reliability_is_what_a_loop_over_samples_counts(seed, bins):
 def test_risk_at_a_coverage_is_the_error_of_those_as_sure(seed):
     logits, targets = random_case(seed)
     logits = logits.round()  # ties
-    confidence, answer = logits.softmax(-1).max(-1)
-    wrong = (answer != targets).double()
+    confidence, predicted = logits.softmax(-1).max(-1)
+    wrong = (predicted != targets).double()
     for k, (coverage, risk) in enumerate(risk_coverage(logits, targets)):
         thresholds = sorted(set(confidence[k].tolist()), reverse=True)
         assert len(thresholds) == len(coverage) == len(risk)
         for threshold, share, errors in zip(thresholds, coverage.tolist(), risk.tolist()):
-            answered = confidence[k] >= threshold
-            assert share == pytest.approx(answered.double().mean().item())
-            assert errors == pytest.approx(wrong[k][answered].mean().item())
+            confident = confidence[k] >= threshold
+            assert share == pytest.approx(confident.double().mean().item())
+            assert errors == pytest.approx(wrong[k][confident].mean().item())
 
 
 def test_the_risk_of_all_samples_is_the_error():

@@ -10,7 +10,7 @@ from helpers import TINY, images, recorded_heads, settled, wrapped
 
 from timm_dfs import ExitPolicy, exit_flops, predict
 from timm_dfs.evaluation.bench import LAST_EXIT, _percentile, exits_logits, halving_policy, measure
-from timm_dfs.evaluation.flops import last_exit_flops
+from timm_dfs.evaluation.flops import Costs, last_exit_flops
 from timm_dfs.evaluation.machine import describe_machine
 
 
@@ -99,11 +99,12 @@ def test_under_autocast_times_are_taken_and_costs_are_the_same(model):
     assert [t.cost_ratio for t in within] == [t.cost_ratio for t in timed(model, policy)]
 
 
-def test_heads_that_nobody_computes_cost_nothing(model):
+def test_heads_that_are_not_computed_cost_nothing(model):
+    costs = Costs(model, (3, 16, 16))
     for lazy in (False, True):
-        every, alone = (exit_flops(model, (3, 16, 16), lazy, heads) for heads in (None, ()))
+        every, alone = (costs.of_exits(lazy, heads) for heads in (None, ()))
         assert every[0] == alone[0] and all(a < e for a, e in zip(alone[1:], every[1:]))
-        assert exit_flops(model, (3, 16, 16), lazy, range(3)) == every
+        assert costs.of_exits(lazy, range(3)) == every
     assert alone[-1] == last_exit_flops(model, (3, 16, 16))
 
 
@@ -111,14 +112,14 @@ def test_heads_that_nobody_computes_cost_nothing(model):
 def test_the_halving_policy_halves_the_cost(exits):
     model, batch = settled(wrapped("NLC", exits=4)), images(64, size=64)
     policy = halving_policy(model, exits_logits(model, batch), (3, 64, 64), exits)
-    answering = (0, 1, 2, 3) if exits is None else (*exits, 3)
-    assert set(policy.answering) <= set(answering)
+    active = (0, 1, 2, 3) if exits is None else (*exits, 3)
+    assert set(policy.answering) <= set(active)
     costs = torch.tensor(exit_flops(model, (3, 64, 64), lazy=True, heads=policy.answering)).double()
     share = costs[predict(model, batch, policy).exit_index].mean().item() / last_exit_flops(model, (3, 64, 64))
     assert share == pytest.approx(0.5, abs=0.1)
     with recorded_heads(model) as calls:
         predict(model, batch, policy)
-    assert set(calls) <= set(answering)
+    assert set(calls) <= set(active)
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (9,)])

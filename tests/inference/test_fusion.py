@@ -1,4 +1,4 @@
-"""A fused network answers as the network does, at every exit, and leaves it alone."""
+"""A fused network has the logits of the network at every exit, and the network is not changed."""
 
 import copy
 
@@ -14,7 +14,7 @@ def norms(model):
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def assert_same_answers(ours, theirs, batch):
+def assert_same_logits(ours, theirs, batch):
     for mine, its in zip(ours.forward_exits(batch), theirs.forward_exits(batch), strict=True):
         assert torch.allclose(mine, its, rtol=1e-4, atol=1e-4)
 
@@ -25,16 +25,16 @@ def native(request):
 
 
 @torch.no_grad()
-def test_a_native_networks_exits_answer_the_same(native):
-    assert_same_answers(fuse(native), native, images(4))
+def test_a_native_networks_exits_have_the_same_logits(native):
+    assert_same_logits(fuse(native), native, images(4))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", BACKBONES)
-def test_a_wrapped_networks_exits_answer_the_same(layout):
+def test_a_wrapped_networks_exits_have_the_same_logits(layout):
     model = settled(wrapped(layout))
     fused = fuse(model)
-    assert_same_answers(fused, model, images(4, size=64))
+    assert_same_logits(fused, model, images(4, size=64))
     assert torch.equal(fused(images(4, size=64)), fused.forward_exits(images(4, size=64))[-1])
 
 

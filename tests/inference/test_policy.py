@@ -32,7 +32,7 @@ def first_exit(logits, thresholds):
             continue
         row = [float(value) for value in logits[k]]
         if any(math.isnan(value) for value in row):
-            break  # no confidence: the last exit answers
+            break  # no confidence: it goes to the last exit
         if float(torch.tensor(row).softmax(0).max()) >= threshold:
             return k
     return len(thresholds) - 1
@@ -53,7 +53,7 @@ def test_a_confidence_below_the_threshold_is_not_enough():
     assert ExitPolicy([0.2501, 0.0]).exit_index(logits).tolist() == [1, 1, 1]
 
 
-def test_the_last_exit_answers_whoever_is_left_whatever_its_threshold():
+def test_all_samples_that_are_left_exit_at_the_last_exit_whatever_its_threshold():
     logits = logits_of([[0.6, 0.9], [0.6, 0.6]])
     for last in (0.99, INF, None, -INF):
         assert ExitPolicy([0.8, last]).exit_index(logits).tolist() == [1, 0]
@@ -82,12 +82,12 @@ def test_leaves_says_for_each_exit_what_exit_index_says_for_all(thresholds, seed
 
 
 @given(THRESHOLDS)
-def test_only_reachable_thresholds_and_the_last_exit_answer(thresholds):
+def test_only_exits_with_reachable_thresholds_and_the_last_exit_are_active(thresholds):
     reachable = {k for k, t in enumerate(thresholds) if t is not None and t <= 1}
     assert ExitPolicy(thresholds).answering == tuple(sorted(reachable | {len(thresholds) - 1}))
 
 
-def test_heads_of_exits_that_never_answer_are_not_computed():
+def test_heads_of_exits_that_are_switched_off_are_not_computed():
     model = settled(tiny_vgg())
     for never in (None, INF, 1.5):
         with recorded_heads(model) as calls:
@@ -219,36 +219,36 @@ def test_temperatures_are_numbers_one_per_exit(temperatures):
 # Patience.
 
 
-def logits_saying(*answers):
+def logits_predicting(*classes):
     """Logits (E, N, 4) whose largest are at these classes: a row of N per exit."""
-    return torch.nn.functional.one_hot(torch.tensor(answers), 4).float()
+    return torch.nn.functional.one_hot(torch.tensor(classes), 4).float()
 
 
-def test_a_sample_leaves_once_as_many_exits_before_gave_the_same_answer():
-    logits = logits_saying([0, 0, 0], [0, 1, 1], [0, 1, 2], [0, 1, 3])
+def test_a_sample_leaves_once_as_many_exits_before_predicted_the_same_class():
+    logits = logits_predicting([0, 0, 0], [0, 1, 1], [0, 1, 2], [0, 1, 3])
     assert ExitPolicy([0] * 4, "patience").exit_index(logits).tolist() == [0, 0, 0]
     assert ExitPolicy([1] * 4, "patience").exit_index(logits).tolist() == [1, 2, 3]
     assert ExitPolicy([2] * 4, "patience").exit_index(logits).tolist() == [2, 3, 3]
 
 
-def test_patience_starts_again_with_another_answer():
-    assert ExitPolicy([2] * 5, "patience").exit_index(logits_saying([0], [0], [1], [0], [0])).tolist() == [4]
+def test_patience_starts_again_with_another_class():
+    assert ExitPolicy([2] * 5, "patience").exit_index(logits_predicting([0], [0], [1], [0], [0])).tolist() == [4]
 
 
-def test_patience_does_not_count_exits_that_never_answer():
-    logits = logits_saying([0], [1], [0], [0])
+def test_patience_does_not_count_exits_that_are_switched_off():
+    logits = logits_predicting([0], [1], [0], [0])
     policy = ExitPolicy([1, None, 1, 1], "patience")
     assert policy.answering == (0, 2, 3)
     assert policy.exit_index(logits).tolist() == [2]
 
 
-@pytest.mark.parametrize(("patience", "exits_that_answer"), [(0, {0}), (1, {1, 2, 3, 4}), (2, {2, 3, 4}), (9, {4})])
-def test_predict_is_patient_with_each_sample_of_a_shrinking_batch(patience, exits_that_answer):
+@pytest.mark.parametrize(("patience", "exits_used"), [(0, {0}), (1, {1, 2, 3, 4}), (2, {2, 3, 4}), (9, {4})])
+def test_predict_is_patient_with_each_sample_of_a_shrinking_batch(patience, exits_used):
     model = settled(tiny_vgg(num_classes=2, depths=(2, 3)))
     x = images(40)
     with torch.no_grad():
         means = [logits.mean(0) for logits in model.forward_exits(x)]
-        for head, mean in zip(model.heads, means):  # so that each exit gives both answers
+        for head, mean in zip(model.heads, means):  # so that each exit predicts both classes
             head.fc.register_forward_hook(lambda *args, mean=mean: args[-1] - mean)
         logits = torch.stack(model.forward_exits(x))
     policy = ExitPolicy([patience] * model.num_exits, "patience")
@@ -256,7 +256,7 @@ def test_predict_is_patient_with_each_sample_of_a_shrinking_batch(patience, exit
     prediction = predict(model, x, policy)
     assert torch.equal(prediction.exit_index, expected)
     assert torch.allclose(prediction.logits, logits[expected, torch.arange(40)], atol=1e-5)
-    assert set(expected.tolist()) == exits_that_answer
+    assert set(expected.tolist()) == exits_used
 
 
 def test_one_exit_s_logits_tell_patience_nothing():

@@ -1,4 +1,4 @@
-"""Early exit inside a batch answers each sample as if it were alone, and computes no more than is needed."""
+"""Early exit inside a batch predicts each sample as if it were alone, and computes no more than is needed."""
 
 import math
 import threading
@@ -40,7 +40,7 @@ def splitting_policy(model, x):
     for k in range(model.num_exits - 1):
         surest_first = left[confidence[k, left].argsort(descending=True)]
         leaving = max(1, len(left) // 3)
-        # between two samples' confidences, so that rounding moves nobody
+        # between two samples' confidences, so that rounding moves no sample
         thresholds.append(confidence[k, surest_first[leaving - 1 : leaving + 1]].mean().item())
         left = surest_first[leaving:]
     policy = ExitPolicy([*thresholds, 0.0])
@@ -58,7 +58,7 @@ def test_predict_agrees_with_the_policy_on_the_logits_of_all_exits(model):
     assert torch.allclose(prediction.logits, logits[expected, torch.arange(BATCH)], atol=1e-4)
 
 
-def test_a_batch_is_answered_as_its_samples_one_by_one_in_their_order(model):
+def test_a_batch_is_predicted_as_its_samples_one_by_one_in_their_order(model):
     x = images(BATCH)
     policy = splitting_policy(model, x)
     together = predict(model, x, policy)
@@ -67,7 +67,7 @@ def test_a_batch_is_answered_as_its_samples_one_by_one_in_their_order(model):
     assert torch.allclose(together.logits, torch.cat([p.logits for p in alone]), atol=1e-4)
 
 
-def test_a_permuted_batch_gets_the_permuted_answer(model):
+def test_a_permuted_batch_gets_the_permuted_prediction(model):
     x = images(BATCH)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
     policy = splitting_policy(model, x)
@@ -83,8 +83,8 @@ def test_for_any_thresholds_predict_agrees_with_the_policy(vgg, thresholds, seed
     policy = ExitPolicy(thresholds)
     prediction = predict(vgg, x, policy)
     logits = all_logits(vgg, x)
-    answers = logits[prediction.exit_index, torch.arange(5)]
-    assert torch.allclose(prediction.logits, answers, atol=1e-4)
+    expected = logits[prediction.exit_index, torch.arange(5)]
+    assert torch.allclose(prediction.logits, expected, atol=1e-4)
     confidence = logits.softmax(-1).amax(-1)
     exits = policy.exit_index(logits)
     reachable = torch.tensor([2.0 if t is None else t for t in policy.thresholds[:-1]])
@@ -93,7 +93,7 @@ def test_for_any_thresholds_predict_agrees_with_the_policy(vgg, thresholds, seed
 
 
 @pytest.mark.parametrize("never", [None, math.inf])
-def test_with_thresholds_that_nobody_reaches_predict_is_forward(model, never):
+def test_with_thresholds_that_no_sample_reaches_predict_is_forward(model, never):
     x = images(BATCH)
     with recorded_heads(model) as calls:
         prediction = predict(model, x, ExitPolicy([never] * model.num_exits))
@@ -103,7 +103,7 @@ def test_with_thresholds_that_nobody_reaches_predict_is_forward(model, never):
         assert torch.equal(prediction.logits, model(x))
 
 
-def test_with_thresholds_of_zero_everybody_leaves_at_once_and_nothing_deeper_is_computed(model):
+def test_with_thresholds_of_zero_all_samples_leave_at_once_and_nothing_deeper_is_computed(model):
     x = images(BATCH)
     with recorded_batches(dict(model.named_modules())) as calls:
         prediction = predict(model, x, ExitPolicy([0.0] * model.num_exits))
@@ -132,7 +132,7 @@ def test_stages_between_exits_see_the_smaller_batch():
 
 
 @pytest.mark.parametrize("exit_index", [0, 1, 2])
-def test_msdnet_computes_only_the_cells_that_the_answering_exit_needs(exit_index):
+def test_msdnet_computes_only_the_cells_that_the_exit_needs(exit_index):
     model = settled(tiny_msdnet())
     thresholds = [None, None, None]
     thresholds[exit_index] = 0.0
@@ -158,7 +158,7 @@ def test_going_on_computes_what_was_left_waiting_and_nothing_twice():
         assert sizes == [(exits >= first_needing).sum().item()]
 
 
-def test_an_empty_batch_gets_an_empty_answer(model):
+def test_an_empty_batch_gets_an_empty_prediction(model):
     prediction = predict(model, images(0), ExitPolicy([0.5] * model.num_exits))
     assert prediction.logits.shape == (0, model.num_classes)
     assert prediction.exit_index.shape == (0,) and prediction.exit_index.dtype == torch.int64
@@ -275,12 +275,12 @@ def test_threads_may_share_a_model_in_eval_mode(vgg):
     batches = [images(BATCH, seed=seed) for seed in range(2)]
     policies = [splitting_policy(vgg, x) for x in batches]
     expected = [predict(vgg, x, policy) for x, policy in zip(batches, policies)]
-    answers = [[], []]
+    predictions = [[], []]
     both_are_ready = threading.Barrier(2)
 
     def work(i):
         both_are_ready.wait()
-        answers[i] += [predict(vgg, batches[i], policies[i]) for _ in range(20)]
+        predictions[i] += [predict(vgg, batches[i], policies[i]) for _ in range(20)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -288,10 +288,10 @@ def test_threads_may_share_a_model_in_eval_mode(vgg):
     for thread in threads:
         thread.join()
     for i in range(2):
-        assert len(answers[i]) == 20  # no thread died
-        for answer in answers[i]:
-            assert torch.equal(answer.exit_index, expected[i].exit_index)
-            assert torch.allclose(answer.logits, expected[i].logits, atol=1e-5)
+        assert len(predictions[i]) == 20  # no thread died
+        for prediction in predictions[i]:
+            assert torch.equal(prediction.exit_index, expected[i].exit_index)
+            assert torch.allclose(prediction.logits, expected[i].logits, atol=1e-5)
 
 
 def test_predictions_need_no_gradient(vgg):

@@ -3,14 +3,17 @@
 import json
 import re
 import runpy
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from test_layers import PACKAGE, ROOMS
+from typer.testing import CliRunner
 
 import timm_dfs
+from timm_dfs_cli import COMMANDS, app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,6 +26,16 @@ def test_the_python_blocks_of_a_page_run(page):
     names = {}
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), page, "exec"), names)
     assert page != "index" or len(names["curve"]) == 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_options_that_a_page_shows_exist(page):
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
+    for line in re.findall(r"^timm-dfs (.*)$", blocks.replace("\\\n", " "), re.M):
+        command, *arguments = shlex.split(line, comments=True)
+        shown = CliRunner().invoke(app, [command, "--help"], env=dict(COLUMNS="200")).stdout
+        options = [argument for argument in arguments if argument.startswith("--") and command != "timm"]
+        assert command in COMMANDS and [option for option in options if f"{option} " not in shown] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -24,6 +24,7 @@ COMMANDS = {  # name: (module of timm_dfs.cli, summary), in the order of the hel
     "report": ("report", "Measure a model and write the results as an HTML page."),
     "conflict": ("data", "Measure the conflict between the exits' gradients."),
     "timm": ("scripts", "Run one of timm's scripts with this plugin imported."),
+    "export": ("export", "Write ONNX files that exit early without PyTorch."),
     "export-hub": ("hub", "Make a folder for the Hub from a checkpoint of train.py."),
     "card": ("hub", "Write a model's card and plot from its measured results."),
     "publish": ("hub", "Upload a folder to the Hub in one commit."),

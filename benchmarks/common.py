@@ -1,4 +1,4 @@
-"""What the benchmarks share: the methods, CIFAR-100 in memory, a training step, peak memory."""
+"""Shared parts of the benchmarks: the methods, CIFAR-100 in memory, a training step, peak memory."""
 
 import multiprocessing
 import resource
@@ -15,27 +15,31 @@ from torch import nn
 import timm_dfs
 
 METHODS = {
-    "joint": dict(beta=None),
+    "joint": dict(beta="joint"),
     "DFS 0.1": dict(beta=0.1),
     "DFS 0.5": dict(beta=0.5),
     "DFS 0.9": dict(beta=0.9),
-    "BYOT": dict(beta=None, distill_weight=0.3, distill_feature_weight=0.03),
-    "GE": dict(beta=None, gradient_equilibrium=True),
-    "PCGrad": dict(beta=None, aggregator="PCGrad"),
-    "CAGrad": dict(beta=None, aggregator="CAGrad"),
-    "Nash-MTL": dict(beta=None, aggregator="NashMTL"),
-    "MGDA": dict(beta=None, aggregator="MGDA"),
-    "AlignedMTL": dict(beta=None, aggregator="AlignedMTL"),
-    "UPGrad": dict(beta=None, aggregator="UPGrad"),
+    "BYOT": dict(beta="joint", distill_weight=0.3, distill_feature_weight=0.03),
+    "GE": dict(beta="joint", gradient_equilibrium=True),
+    "PCGrad": dict(beta="joint", aggregator="PCGrad"),
+    "CAGrad": dict(beta="joint", aggregator="CAGrad"),
+    "Nash-MTL": dict(beta="joint", aggregator="NashMTL"),
+    "MGDA": dict(beta="joint", aggregator="MGDA"),
+    "AlignedMTL": dict(beta="joint", aggregator="AlignedMTL"),
+    "UPGrad": dict(beta="joint", aggregator="UPGrad"),
 }
-"""Each method as arguments of a model. BYOT's weights are those of the official DFS code's ResNet recipe."""
-
+"""Model arguments of each method. BYOT's weights are those of the official DFS code's ResNet recipe."""
 
 HELD_OUT = 5000
+"""Number of the last training images that are held out."""
 
 
 def load(name: str) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """CIFAR-100's training images (N, 3, 32, 32) as bytes with their labels (N,), and those held out."""
+    """CIFAR-100's training images (N, 3, 32, 32), uint8, with their labels (N,); then the held-out ones.
+
+    Args:
+        name: Data set on the Hub, or a folder with its parquet files.
+    """
     data = datasets.load_dataset(name, split="train")
     images = torch.from_numpy(np.stack([np.asarray(image) for image in data["img"]])).permute(0, 3, 1, 2)
     labels = torch.tensor(data["fine_label"])
@@ -43,12 +47,13 @@ def load(name: str) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tens
 
 
 def normaliser(model: timm_dfs.MultiExitModel):
+    """Function that normalises uint8 images as the model's ``pretrained_cfg`` says."""
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     return lambda images: ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The published augmentation: a random crop from 4 pixels of padding, and a flip for half the images."""
+    """The published augmentation: a random crop after padding by 4 pixels, and a horizontal flip of half the images."""
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4), value=128)
     corners = torch.randint(9, (len(images), 2), generator=generator).tolist()
     crops = torch.stack([image[:, top : top + 32, left : left + 32] for image, (top, left) in zip(padded, corners)])
@@ -57,12 +62,20 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class Trainer:
-    """A network in training, one batch at a time, through timm's own task; SGD as published, one cycle of ``lr``."""
+    """Training of a network batch by batch, with timm's task, SGD as published and one cycle of the learning rate.
+
+    Args:
+        model: Name of a model, or a network whose outputs are the exits' logits.
+        model_kwargs: Arguments of the model.
+        lr: Largest learning rate.
+        steps: Number of steps of the cycle.
+        dtype: Data type of the computation (autocast).
+    """
 
     def __init__(
         self, model: str | nn.Module, model_kwargs: dict, lr: float, steps: int, dtype: torch.dtype = torch.float32
     ):
-        if isinstance(model, nn.Module):  # somebody else's network with exits
+        if isinstance(model, nn.Module):  # a network of the official code
             self.model, criterion = model, timm_dfs.ExitsLoss(nn.CrossEntropyLoss())
         else:
             self.model, criterion = timm.create_model(model, **model_kwargs), nn.CrossEntropyLoss()
@@ -85,7 +98,7 @@ class Trainer:
 
 
 def peak_memory(model: str, model_kwargs: dict, batch_size: int) -> int:
-    """Bytes that three training steps need at the most above what the model itself takes, in a process of their own."""
+    """Peak memory in bytes of three training steps above that of the model, measured in a separate process."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     process = context.Process(target=_measure_memory, args=(queue, model, model_kwargs, batch_size))
@@ -108,7 +121,7 @@ def _measure_memory(queue, model: str, model_kwargs: dict, batch_size: int) -> N
 
 
 def _resident(field: str) -> int:
-    """Linux's figure of this process's memory in bytes; elsewhere the peak is all there is."""
+    """A field of Linux's memory statistics of this process, in bytes; on other systems the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,11 +1,11 @@
-"""Training methods side by side: accuracy of every exit, step time, peak memory, gradient conflict.
+"""Comparison of training methods: accuracy of every exit, step time, peak memory, gradient conflict.
 
     python benchmarks/methods.py --dataset uoft-cs/cifar100 --steps 400 --seeds 0 1 2
 
-Every method trains the same network from the same weights on the same batches with the same schedule; methods take
-turns step by step, so that what disturbs one disturbs all. Accuracy is measured on the last 5,000 training images,
-which are held out; conflict on 500 of them, after training. Means ± standard deviations are over seeds. Needs the
-extras data and aggregation.
+Every method trains the same network from the same weights on the same batches with the same schedule. Methods alternate
+step by step, so that other load on the machine affects all of them. Accuracy is measured on the last 5,000 training
+images, which are held out; gradient conflict on 500 of them, after training. Means ± standard deviations are over
+seeds. Needs the extras data and aggregation.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="uoft-cs/cifar100", help="on the Hub, or a folder with its parquet files")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1, help="peak, for methods on the scale of the sum of the losses")
+    parser.add_argument("--lr", type=float, default=0.1, help="largest learning rate")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, seed: int, train: tuple, held_out: tuple) -> dict[str, dict]:
-    """Train all methods from one seed, in turns, and measure each."""
+    """Train all methods from one seed, alternating between them, and measure each."""
     trainers = {}
     for name in args.methods:
         torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, seed: int, train: tuple, held_out: tuple) -> d
 
 
 def table(runs: dict[str, list[dict]]) -> str:
-    """Markdown: a row a method, mean ± standard deviation over seeds; the fastest step is 1."""
+    """Markdown table: one row for each method, mean ± standard deviation over seeds."""
     exits = len(next(iter(runs.values()))[0]["top1"])
     lines = [
         "| method | " + " | ".join(f"exit {k}" for k in range(exits)) + " | step, s | peak, MB | conflicting |",

@@ -1,8 +1,8 @@
-"""What all exits of a MultiExit cost over the plain backbone, in time and in multiply-adds.
+"""Cost of a MultiExit's exits relative to the backbone, in time and in multiply-adds.
 
     python benchmarks/multi_exit_overhead.py --rounds 15
 
-Backbone and MultiExit share weights and take turns; medians of the rounds, evaluated without gradients.
+Backbone and MultiExit have the same weights and alternate; figures are medians of the rounds, without gradients.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The official repository's networks (GongCheng1919/dfs), from a checkout of it, to run beside ours."""
+"""Networks of the official repository (GongCheng1919/dfs), from a checkout, for comparison with ours."""
 
 import contextlib
 import importlib
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class LogitsOnly(nn.Module):
-    """An official network without the features that it puts out beside its logits."""
+    """An official network that returns only its logits, without features."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -23,11 +23,17 @@ class LogitsOnly(nn.Module):
 
 
 def official_networks(folder: str, name: str) -> dict[str, nn.Module]:
-    """The official counterparts of one of our models, joint and with DFS at 0.5; none where there are none."""
+    """The official counterparts of one of our models, joint and DFS with beta 0.5; empty if there are none.
+
+    Args:
+        folder: Checkout of the official repository.
+        name: Name of our model.
+    """
     sys.path.insert(0, str(Path(folder) / "src"))
-    sys.modules.setdefault("easydict", types.SimpleNamespace(EasyDict=types.SimpleNamespace))  # all it uses of it
+    # A substitute for easydict, of which the official code uses only this class.
+    sys.modules.setdefault("easydict", types.SimpleNamespace(EasyDict=types.SimpleNamespace))
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
+        with contextlib.redirect_stdout(io.StringIO()):  # the official code prints its layers
             makers = {
                 "dfs_vgg7_cifar100": ("models.dns_vgg", _vgg7),
                 "dfs_msdnet_cifar100": ("models.dns_msdnet", _msdnet),

@@ -1,13 +1,13 @@
-"""Joint training or DFS, and which: one network and schedule, the same seeds for all settings, two lengths.
+"""Comparison of joint training and DFS settings: one network and schedule, the same seeds for all, two lengths.
 
     python benchmarks/study.py --dataset uoft-cs/cifar100 --output benchmarks/results/study.jsonl
 
-A run is a line of the output: accuracy of every exit on the last 5,000 training images, which are held out. Within a
-seed all settings start from the same weights and see the same batches. Runs that the output has already are not made
-again, so that it can be stopped, and several processes can share the work by seeds or settings.
+Each run is one line of the output: accuracy of every exit on the last 5,000 training images, which are held out. With
+the same seed, all settings start from the same weights and train on the same batches. Runs that the output already
+contains are skipped, so the study can be interrupted, and several processes can divide the seeds or settings.
 
-The network is a small MSDNet, trained in float32, which every processor has, with SGD and one cycle of the learning
-rate.
+The network is a small MSDNet, trained in float32, which every processor supports, with SGD and one cycle of the
+learning rate.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from timm_dfs.base.objective import Objective
 from timm_dfs.evaluation.machine import describe_machine
 
 SETTINGS = {
-    "joint": dict(beta=None),
+    "joint": dict(beta="joint"),
     "one-sided 0.3": dict(beta=0.3, referencing="one_sided"),
     "one-sided 0.5": dict(beta=0.5, referencing="one_sided"),
     "one-sided 0.7": dict(beta=0.7, referencing="one_sided"),
     "one-sided 0.9": dict(beta=0.9, referencing="one_sided"),
     "two-sided 0.5": dict(beta=0.5, referencing="two_sided"),
-    "joint, distilled": dict(beta=None, distill_weight=0.3),
-    "joint, backbone first": dict(beta=None),
+    "joint, distilled": dict(beta="joint", distill_weight=0.3),
+    "joint, backbone first": dict(beta="joint"),
     "one-sided 0.5, distilled": dict(beta=0.5, referencing="one_sided", distill_weight=0.3),
 }
-"""Each as arguments of the model; the weight of distillation is that of the official ResNet recipe."""
+"""Model arguments of each setting. The weight of distillation is that of the official ResNet recipe."""
 
 BACKBONE_FIRST = {"joint, backbone first"}
 """Settings that train the last exit alone for the first half, then all exits (Kubaty et al., ICML 2025)."""
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, nargs="*", default=[2, 6])
-    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines, one a run")
+    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines, one for each run")
     args = parser.parse_args()
 
     train, held_out = load(args.dataset)
@@ -71,30 +71,31 @@ def main() -> None:
 
 
 def read(file: Path) -> list[dict]:
-    """The runs in a file, none if it does not exist.
+    """The runs in a file; none if it does not exist.
 
     Raises:
-        ValueError: If they were made by another recipe than the one here.
+        ValueError: If they were made with another recipe.
     """
     runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if any(run["recipe"] != RECIPE for run in runs):
-        raise ValueError(f"{file} has runs of another recipe, which do not compare; give another --output.")
+        raise ValueError(f"{file} has runs of another recipe, which are not comparable; give another --output.")
     return runs
 
 
 def same(run: dict, setting: str, seed: int, epochs: int) -> bool:
+    """Whether a run has this setting, seed and number of epochs."""
     return (run["setting"], run["seed"], run["epochs"]) == (setting, seed, epochs)
 
 
 def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> dict:
-    """Train once and measure."""
+    """Train one network and measure every exit's accuracy, in percent, on the held-out images."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     batch_size, samples = RECIPE["batch_size"], len(train[0])
     kwargs = dict(RECIPE["model_kwargs"], **SETTINGS[setting])
     steps = epochs * (samples // batch_size)
     trainer = Trainer(RECIPE["model"], kwargs, RECIPE["lr"], steps, getattr(torch, RECIPE["dtype"]))
-    torch.compiler.reset()  # or after eight networks of a class it gives up
+    torch.compiler.reset()  # otherwise it stops compiling after eight networks of a class
     trainer.task.compile()  # 1.15 times faster
     normalise = normaliser(trainer.model)
     every_exit = trainer.task.criterion.objective
@@ -117,6 +118,7 @@ def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> 
 
 
 def last_exit_only(model: timm_dfs.MultiExitModel) -> Objective:
+    """Objective that trains the last exit alone."""
     return Objective(loss_weights=[0.0] * (model.num_exits - 1) + [1.0])
 
 

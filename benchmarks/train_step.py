@@ -1,17 +1,17 @@
-"""Cost of a training step, method by method: images per second and peak memory, beside what arithmetic would save.
+"""Cost of a training step with each method: images per second, peak memory, and the multiply-adds that it saves.
 
     python benchmarks/train_step.py                                      # VGG7 and MSDNet, the fast methods
     python benchmarks/train_step.py dfs_vgg16_imagenet --batch-size 4 --methods joint "DFS 0.5" PCGrad
-    python benchmarks/train_step.py --official ~/dfs                     # a checkout of the official code, beside ours
+    python benchmarks/train_step.py --official ~/dfs                     # with a checkout of the official code
 
-A step is forward, backward and SGD. Methods take turns, figures are medians, and what counts is the ratio within one
-run. "arithmetic" is the share of multiply-adds that a method leaves: backward costs twice forward, of which one half is
-the gradient of what a layer reads, and a partition needs only ``beta`` of that where a convolution reads the feature
-straight. Memory is the peak above the model itself, in a process of its own.
+A step is forward pass, backward pass and SGD. Methods alternate, figures are medians, and only ratios within one run
+are comparable. "arithmetic" is the speed-up that the saved multiply-adds (MACs) allow: the backward pass costs twice
+the forward pass, one half of it for the gradients of layer inputs, of which a partition needs only the share ``beta``
+where a convolution directly reads the feature. Memory is the peak above that of the model, in a separate process.
 
-Part of a step's time is page faults, because glibc gives large tensors back to the system at once: up to a sixth of
-VGG7's step, and more or less by chance. MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 in the
-environment keeps them away.
+Part of a step's time is page faults, because glibc returns large tensors to the system at once: up to a sixth of VGG7's
+step, varying by chance. Set MALLOC_MMAP_THRESHOLD_=2000000000 and MALLOC_TRIM_THRESHOLD_=8000000000 in the environment
+to avoid them.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--official", help="checkout of the official repository (GongCheng1919/dfs), run beside ours")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
+    parser.add_argument("--official", help="checkout of the official repository (GongCheng1919/dfs), to measure too")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--output", type=Path, help="JSON file for the speeds")
     args = parser.parse_args()
     print(describe_machine())
@@ -93,16 +93,17 @@ def measure(args: argparse.Namespace, name: str, batch_size: int, memory_format:
 
 
 def arithmetic_gain(name: str, settings: dict) -> float:
-    """How many times fewer multiply-adds a partition leaves of a training step; aggregation needs more, not counted."""
+    """Multiply-adds of a training step without a partition over those with it; aggregation's are not counted."""
     model = timm.create_model(name, **settings).eval()
     total, saved = 3 * timm_dfs.exit_flops(model)[-1], 0
+    trained = 1 if settings["beta"] == "joint" else settings["beta"]
 
     def count(module: PartitionedConv2d, args: tuple, output: torch.Tensor) -> None:
         nonlocal saved
-        saved += (1 - (settings["beta"] or 1)) * output[0].numel() * module.weight[0].numel()
+        saved += (1 - trained) * output[0].numel() * module.weight[0].numel()
 
     convolutions = [module for module in model.modules() if isinstance(module, PartitionedConv2d)]
-    for convolution in convolutions[1:] if settings["beta"] is not None else ():  # the first reads the image
+    for convolution in convolutions[1:]:  # the first reads the image
         convolution.register_forward_hook(count)
     with torch.no_grad():
         model(torch.zeros(1, *model.pretrained_cfg["input_size"]))

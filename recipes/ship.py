@@ -1,10 +1,10 @@
-"""From a finished run of one of these recipes to the model's folder under hub/, as ``timm-dfs export-hub`` makes it.
+"""Export of a finished run of one of these recipes to the model's folder under hub/, as by ``timm-dfs export-hub``.
 
     python recipes/ship.py output/train/RUN --recipe recipes/dfs_msdnet_cifar100_gpu.yaml
 
-It refuses a run that is not the recipe's or has not ended, and records what only whoever trained knows: the hardware,
-the number of training images and the commit. The hardware is this machine, or what one line in the run's
-``hardware.txt`` says. A run whose ``--model-kwargs`` are not the recipe's becomes a pretrained tag of its own, here
+It refuses a run that differs from the recipe or has not ended, and records facts that the checkpoint does not hold: the
+hardware, the number of training images and the commit. The hardware is this machine, or the one line of the run's
+``hardware.txt``. A run whose ``--model-kwargs`` are not the recipe's becomes a pretrained tag of its own, here
 ``dfs_msdnet_cifar100.joint``:
 
     python recipes/ship.py output/train/JOINT_RUN --recipe recipes/dfs_msdnet_cifar100_gpu.yaml --tag joint
@@ -25,9 +25,9 @@ from timm_dfs.training.run import read_run
 
 HUB = Path(__file__).parent.parent / "hub"
 DATA = {"dataset", "train_split", "val_split"}
-"""Where the same images lie is for the run to say."""
+"""Arguments in which a run may differ: they say where the same images are stored."""
 PRECISION = {"amp", "amp_dtype"}
-"""A processor without bfloat16 trains in float32; the results say so."""
+"""Arguments in which a run may differ, which the results then state: a processor without bfloat16 trains in float32."""
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="train.py's output folder: args.yaml, last.pth.tar")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe the run was made with")
     parser.add_argument("--tag", help="pretrained tag of a run with other --model-kwargs than the recipe's")
-    parser.add_argument("--dataset", help="where the run's images lie now, if elsewhere than when it trained")
+    parser.add_argument("--dataset", help="the data set now, if it is stored elsewhere than when the run trained")
     args = parser.parse_args()
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))

@@ -1,6 +1,6 @@
-"""Every test starts from the same random state, and hypothesis from the same examples.
+"""The same random state for every test, the same examples for hypothesis, and torch's threads for parallel runs.
 
-Processes that share the tests (``-n``) share the cores too: torch would take all of them for each.
+With ``-n``, test processes divide the cores; by default, torch would use all of them in each process.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""What every architecture of timm's is like with exits, found on no data; writes ``docs/coverage.md``.
+"""Check of every timm architecture with exits, on shapes without data; writes ``docs/coverage.md``.
 
     python tests/every_architecture.py docs/coverage.md
 
-takes one to two hours on one core and goes on where it was interrupted (``coverage.jsonl`` in the same folder, which is
-removed at the end).
+takes one to two hours on one core. An interrupted run resumes from ``coverage.jsonl`` in the same folder, which is
+removed at the end.
 """
 
 import ast
@@ -30,10 +30,10 @@ MOST_OF_HEAD = 0.15
 
 
 def examine(base):
-    """The twin of an architecture: where its exits are and what they cost.
+    """Exits of an architecture's twin, and their costs.
 
-    Costs are torch's ``FlopCounterMode``'s: of convolutions, matrix products and attention, as fractions of the last
-    exit's, earlier heads included.
+    Costs are counted by torch's ``FlopCounterMode`` (convolutions, matrix products, attention), as fractions of the
+    last exit's, earlier heads included.
     """
     model = timm.create_model(f"dfs_{base}", num_classes=CLASSES, device="meta").eval().requires_grad_(False)
     size = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
@@ -41,9 +41,9 @@ def examine(base):
 
     def read(k, feature):
         before = counter.get_total_flops()
-        answer = model.answer(k, feature)
+        logits = model.answer(k, feature)
         heads.append(counter.get_total_flops() - before)
-        return answer
+        return logits
 
     def visit(k, logits):
         costs.append(counter.get_total_flops())
@@ -58,44 +58,44 @@ def examine(base):
         exits=[point.removeprefix("backbone.") for point in model.exit_points],
         costs=[cost / costs[-1] for cost in costs],
         heads=[head / cost for head, cost in zip(heads[:-1], costs)],
-        answers=[*shapes, plain],
+        outputs=[*shapes, plain],
         shrinks=model.shrinks,
     )
 
 
 def faults(found):
-    """What is wrong with an architecture that :func:`examine` looked at."""
+    """Faults of an architecture in what :func:`examine` found."""
     costs = found["costs"]
     wrong = []
     if len(costs) < 2 or len(costs) != len(found["exits"]) + 1:
-        wrong.append(f"{len(costs)} answers for {len(found['exits'])} early exits")
-    if any(tuple(shape) != (BATCH, CLASSES) for shape in found["answers"]):
-        wrong.append(f"answers of shapes {found['answers']}")
+        wrong.append(f"{len(costs)} outputs for {len(found['exits'])} early exits")
+    if any(tuple(shape) != (BATCH, CLASSES) for shape in found["outputs"]):
+        wrong.append(f"outputs of shapes {found['outputs']}")
     if not all(0 < early < late for early, late in pairwise(costs)):
         wrong.append(f"costs that do not rise: {costs}")
     if max(found["heads"]) > MOST_OF_HEAD:
         wrong.append(f"heads with a share of {[round(share, 3) for share in found['heads']]}")
     if not found["shrinks"]:
-        wrong.append("a batch that cannot get smaller")
+        wrong.append("a batch that cannot shrink")
     return wrong
 
 
 def digest():
-    """Of what decides where exits are, and what they look like."""
+    """Hash of the code that determines exit points and their heads."""
     sources = map(inspect.getsource, (families, exit_points, feature_heads, with_classifier))
     return hashlib.sha256("".join(map(_statements, sources)).encode()).hexdigest()[:16]
 
 
 def _statements(source):
-    """What code does: neither imports, docstrings nor comments."""
+    """The code's statements, without imports, docstrings and comments."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if hasattr(node, "body") and isinstance(node.body, list):
-            node.body = [part for part in node.body if not _says_nothing(part)]
+            node.body = [part for part in node.body if not _has_no_effect(part)]
     return ast.dump(tree)
 
 
-def _says_nothing(node):
+def _has_no_effect(node):
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return is_text or isinstance(node, (ast.Import, ast.ImportFrom))
 
@@ -105,7 +105,7 @@ def stamp():
 
 
 def table(rows):
-    """The page, from what was found (or went wrong) for each architecture."""
+    """The page, from the findings or the error of each architecture."""
     good = [row for row in rows if "error" not in row and not faults(row)]
     bad = [row for row in rows if row not in good]
     lines = [
@@ -113,14 +113,14 @@ def table(rows):
         stamp(),
         f"Made by `tests/every_architecture.py` with timm {timm.__version__}, torch {torch.__version__}, without data"
         " or weights: a twin of each architecture is built and run on shapes. Of"
-        f" {len(rows)} architectures, {len(good)} have exits that answer, whose batch gets smaller as samples leave,"
-        " whose costs rise, and whose"
-        f" heads take at most {MOST_OF_HEAD:.0%} of the multiply-adds up to them.",
-        "Cost: multiply-adds up to each exit, earlier heads included, as a share of the last exit's, in torch's count"
+        f" {len(rows)} architectures, {len(good)} have logits at every exit, a batch that shrinks as samples exit,"
+        " costs that rise from exit to exit, and"
+        f" heads with at most {MOST_OF_HEAD:.0%} of the multiply-adds up to them.",
+        "Cost: multiply-adds up to each exit, earlier heads included, as a share of the last exit's, counted by torch"
         " (convolutions, matrix products, attention).",
     ]
     if bad:
-        lines += ["## What falls short", "| architecture | what |\n|---|---|"]
+        lines += ["## Faults", "| architecture | fault |\n|---|---|"]
         lines[-1] += "".join(
             f"\n| {row['architecture']} | {row.get('error') or '; '.join(faults(row))} |" for row in bad
         )
@@ -150,7 +150,7 @@ def main(page):
             print(base, row.get("error") or "; ".join(faults(row)) or "good", flush=True)
             file.write(json.dumps(dict(row, stamp=stamp())) + "\n")
             file.flush()
-    page.write_text(table([rows[base] for base in BASES]))
+    page.write_text(table([rows[name] for name in timm.list_models() if name in rows]))
     notes.unlink()
 
 

@@ -1,4 +1,4 @@
-"""Small networks with exits, and ways to watch what they compute."""
+"""Small networks with exits, and ways to observe what they compute."""
 
 import json
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ CLASSES = 5
 
 
 def tiny_msdnet(name="dfs_msdnet_cifar100", **kwargs):
-    """Exits after layers 3, 4 and 5; three scales, of which the last layer keeps the coarsest."""
+    """An MSDNet with exits after layers 3, 4 and 5 and three scales, of which the last layer has only the coarsest."""
     settings = dict(exits=3, base=3, step=1, stem_width=4, growth_rate=4, head_width=8, num_classes=CLASSES)
     return timm.create_model(name, **dict(settings, **kwargs))
 
@@ -49,7 +49,7 @@ def images(batch=4, size=16, channels=3, seed=0):
 
 
 def settled(model, seed=1):
-    """The model in eval mode, batch norm filled so that no two channels and no two samples look alike."""
+    """The model in eval mode, with batch norm statistics that make channels and samples differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -69,7 +69,7 @@ def same_weights(model, other):
 
 @contextmanager
 def recorded_batches(modules):
-    """Batch sizes with which each of the named modules is called, by name; names never called are absent."""
+    """Batch sizes with which each module is called, by its name; modules that are never called are absent."""
     calls = {}
     handles = [
         module.register_forward_pre_hook(
@@ -89,7 +89,7 @@ def recorded_heads(model):
 
 
 def cells(model):
-    """MSDNet's cells by (layer from 1, scale from the coarsest)."""
+    """MSDNet's cells by (layer, from 1; scale, from the coarsest)."""
     return {(layer, j): cell for layer, row in enumerate(model.layers, 1) for j, cell in enumerate(row)}
 
 
@@ -97,14 +97,14 @@ def module_modes(model):
     return {name: module.training for name, module in model.named_modules()}
 
 
-# Backbones of timm's, small ones, by how their features lie.
+# Small timm backbones by the layout of their features.
 SMALL_SWIN = dict(img_size=64, window_size=2, embed_dim=16, depths=(1, 1, 2), num_heads=(1, 1, 2))
 SMALL_TNT = dict(img_size=64, depth=4, embed_dim=48, inner_dim=12, num_heads_outer=4)
 BACKBONES = {
     "NCHW": ("test_resnet", {}),
     "NHWC": ("swin_tiny_patch4_window7_224", SMALL_SWIN),
-    "NLC": ("test_vit", dict(img_size=64)),
-    "pair": ("tnt_s_patch16_224", SMALL_TNT),  # a block puts out pixels, several rows a sample, and patches
+    "NLC": ("test_vit", dict(img_size=64, depth=4)),
+    "pair": ("tnt_s_patch16_224", SMALL_TNT),  # a block returns pixels, several rows for each sample, and patches
 }
 
 
@@ -126,7 +126,7 @@ PRESETS = dict(fast=dict(thresholds=[0.5, None, 0.0], confidence="max_prob"))
 
 
 def published(folder, model=None, **results):
-    """A whole folder of a tiny network, as it is published; what is said of its accuracy is made up."""
+    """A complete published folder of a tiny network, with made-up accuracies."""
     if model is None:
         model = settled(tiny_vgg(presets=PRESETS))
     hub.write_weights(model, folder)

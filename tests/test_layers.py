@@ -21,6 +21,7 @@ ROOMS = (  # lowest first
     "pretrained",
     "models",
     "hub",
+    "export",
     "report",
     "demo",
     "space",

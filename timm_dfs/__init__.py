@@ -16,7 +16,6 @@ from .hub.folder import write_presets
 from .inference.fusion import fuse
 from .inference.policy import ExitPolicy
 from .inference.prediction import Prediction, predict
-from .models import _factory
 from .training import task
 from .training.conflict import GradientConflict, gradient_conflict
 from .training.losses import ExitsLoss
@@ -55,5 +54,4 @@ __all__ = [
     "write_presets",
 ]
 
-_factory.install()
 task.install()

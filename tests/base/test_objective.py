@@ -1,4 +1,4 @@
-"""What training optimises is said by model arguments; a value that makes no sense is refused by its name."""
+"""Training settings are arguments of a model; an invalid value is refused by its name."""
 
 import copy
 from fractions import Fraction
@@ -81,7 +81,7 @@ def test_weights_for_other_exits_are_refused_with_both_numbers(make, count):
         make(loss_weights=[1.0] * count)
 
 
-def test_an_unknown_aggregator_is_told_the_known_ones():
+def test_an_unknown_aggregator_is_refused_with_the_known_ones():
     with pytest.raises(ValueError) as error:
         tiny_vgg(aggregator="pcgrad")
     assert all(repr(name) in str(error.value) for name in AGGREGATORS)
@@ -107,12 +107,12 @@ class TestANetworkWithOneExit:
         ],
         ids=named,
     )
-    def test_refuses_what_is_between_exits(self, make, one, settings):
-        with pytest.raises(ValueError, match=f"{next(iter(settings))} is something between exits"):
+    def test_refuses_settings_that_need_two_exits(self, make, one, settings):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} needs at least two exits"):
             make(**one, **settings)
 
     @pytest.mark.parametrize("settings", [dict(loss_weights=[2.0]), dict(train_backbone=False), {}], ids=named)
-    def test_takes_the_others(self, make, one, settings):
+    def test_accepts_the_other_settings(self, make, one, settings):
         assert len(make(**one, **settings).train()(images())) == 1
 
 
@@ -189,12 +189,12 @@ def test_settings_stay_out_of_the_models_config(make, settings):
     ],
     ids=["bytes", *(f"huge {i}" for i in range(4))],
 )
-def test_what_no_float_can_hold_is_refused_too(name, value):
+def test_a_number_that_no_float_can_hold_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name} is "):
         Objective(**{name: value})
 
 
-def test_weights_are_not_the_callers_list():
+def test_weights_are_a_copy_of_the_callers_list():
     weights = [1, 2, 3]
     objective = Objective(loss_weights=weights)
     weights[0] = -1

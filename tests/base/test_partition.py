@@ -1,4 +1,4 @@
-"""The gradient table of the design: who may train which channels of an exit's feature."""
+"""Gradients at a partition: which side trains which channels of an exit's feature."""
 
 import math
 
@@ -120,7 +120,7 @@ def test_averaging_inside_the_partition_is_averaging_behind_it(beta, referencing
 
 @pytest.mark.parametrize("pool_type", ["avg", "fast", "fastavg", "max", "avgmax", "catavgmax"])
 @pytest.mark.parametrize("body", [None, nn.ReLU()])
-def test_a_head_that_says_it_averages_answers_the_same_from_averages(pool_type, body):
+def test_a_head_that_averages_gives_the_same_logits_from_averages(pool_type, body):
     head = ExitHead(4, 3, body, pool_type)
     feature = torch.randn(2, 4, 5, 6)
     if head.averages:
@@ -161,7 +161,7 @@ def test_two_sided_at_beta_one_lets_the_head_train_nothing():
     assert trained_channels(own, feature, 1) == [False] * 5
 
 
-@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, math.inf, True, "0.5", "joint"])
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, math.inf, True, "0.5", "Joint"])
 def test_a_beta_outside_zero_to_one_is_refused_by_its_value(beta):
     with pytest.raises(ValueError, match="beta is ") as error:
         Partition(4, beta)
@@ -223,7 +223,7 @@ def test_a_partitioned_convolution_keeps_its_gradients_under_autocast():
         assert torch.allclose(ours, theirs, rtol=0.05, atol=0.02)
 
 
-def test_a_partitioned_convolution_is_a_convolution_to_everybody_else():
+def test_without_a_partly_trained_input_a_partitioned_convolution_is_a_convolution():
     plain, ours = nn.Conv2d(4, 6, 3), PartitionedConv2d(4, 6, 3)
     ours.load_state_dict(plain.state_dict())
     x = torch.randn(2, 4, 8, 8)
@@ -242,7 +242,7 @@ def test_the_gradient_keeps_the_feature_s_memory_format(referencing):
 
 
 @pytest.mark.parametrize("referencing", ["two_sided", "one_sided"])
-def test_a_side_that_nobody_reads_trains_nothing(referencing):
+def test_a_side_whose_output_is_unused_trains_nothing(referencing):
     for side, expected in ((0, [1, 1, 0, 0]), (1, [0, 0, 1, 1] if referencing == "two_sided" else [1, 1, 1, 1])):
         feature = torch.randn(2, 4, requires_grad=True)
         Partition(4, 0.5, referencing)(feature)[side].sum().backward()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_dfs import ExitPolicy, anytime_accuracy, budgeted_batch, find_thresholds
-from timm_dfs.calibration.budgeted_batch import geometric_exit_fractions
+from timm_dfs.calibration.budgeted_batch import _halfway, geometric_exit_fractions
 
 GOLDEN = json.loads((GOLDEN_DATA / "budgeted_batch_golden.json").read_text())
 INF = math.inf
@@ -57,11 +57,16 @@ def test_exit_fractions_are_geometric_and_sum_to_one():
         assert fractions.tolist() == pytest.approx(golden["exit_fractions"], rel=1e-4)
 
 
-def test_find_thresholds_at_geometric_fractions_is_what_budgeted_batch_uses(golden_data, golden_curve):
+def test_the_official_thresholds_and_those_of_find_thresholds_let_the_same_validation_samples_leave(
+    golden_data, golden_curve
+):
     (val_logits, _), _ = golden_data
     for p in (1, 17, 40):
-        fractions = geometric_exit_fractions(p / 20, GOLDEN["exits"])
-        assert tuple(find_thresholds(val_logits, fractions).tolist()) == golden_curve[p - 1].thresholds
+        thresholds = find_thresholds(val_logits, geometric_exit_fractions(p / 20, GOLDEN["exits"])).tolist()
+        official = golden_curve[p - 1].thresholds
+        assert all(own <= theirs for own, theirs in zip(thresholds, official))
+        exits, official_exits = (ExitPolicy(values).exit_index(val_logits) for values in (thresholds, official))
+        assert torch.equal(exits, official_exits)
 
 
 def test_every_point_is_what_its_thresholds_give_as_a_policy(golden_data, golden_curve):
@@ -92,9 +97,9 @@ def naive_thresholds(logits, thousandths):
         if count < 1 or count > len(left):
             thresholds.append(INF)
             continue
-        surest_first = sorted((confidence[k][n] for n in left), reverse=True)
-        thresholds.append(surest_first[count - 1])
-        left = [n for n in left if confidence[k][n] < thresholds[-1]]
+        last = sorted((confidence[k][n] for n in left), reverse=True)[count - 1]
+        left = [n for n in left if confidence[k][n] < last]
+        thresholds.append((last + max((confidence[k][n] for n in left), default=0.0)) / 2)
     return [*thresholds, -INF]
 
 
@@ -111,7 +116,7 @@ def distinct_logits(exits, samples, seed):
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(exits)])
     logits = torch.zeros(exits, samples, 2)
-    logits[..., 0] = (1 + order) / samples
+    logits[..., 0] = 2 * (1 + order) / samples
     return logits
 
 
@@ -134,6 +139,23 @@ def test_without_ties_exactly_the_rounded_down_fraction_leaves_while_there_are_e
         assert leaving[k] == (wanted if wanted <= left else 0)
         left -= leaving[k]
     assert leaving[-1] == left
+
+
+def test_rounding_moves_no_validation_sample_to_another_exit():
+    logits = distinct_logits(3, 200, seed=1)
+    policy = ExitPolicy(find_thresholds(logits, [0.3, 0.3, 0.4]))
+    exits = policy.exit_index(logits)
+    for noise in (1e-5, -1e-5):  # another runtime's; confidences are 1e-3 apart
+        assert torch.equal(policy.exit_index(logits * (1 + noise)), exits)
+        assert torch.equal(policy.exit_index((logits + noise * torch.rand_like(logits)).double()), exits)
+
+
+def test_between_neighbours_in_float32_the_threshold_is_the_last_sample_s_own():
+    lower = torch.tensor(0.75)
+    upper = torch.nextafter(lower, torch.tensor(1.0))
+    confidences = torch.stack([torch.stack([upper, lower])] * 2)
+    thresholds = _halfway(confidences, torch.tensor([upper, -INF]))
+    assert thresholds[0] == upper > lower
 
 
 def test_a_fraction_that_is_a_whole_number_of_samples_is_not_rounded_below_it():

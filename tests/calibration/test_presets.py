@@ -10,7 +10,7 @@ from formula_fill import exit_logits
 from helpers import images, settled, tiny_vgg
 
 import timm_dfs
-from timm_dfs.calibration import presets
+from timm_dfs.calibration import fit, presets
 from timm_dfs.calibration.presets import NAMED, fit_presets, halves
 from timm_dfs.hub import folder as hub
 from timm_dfs.hub.folder import write_presets
@@ -26,20 +26,37 @@ def data():
 
 def test_every_model_gets_the_named_points_and_those_asked_for(data):
     val, _ = data
-    points = fit_presets(val, FLOPS, budgets=[20], losses=[4], split="held out")
-    assert list(points) == [*NAMED, "2e-05M", "loss-4"]
+    points = fit_presets(val, FLOPS, budgets=[20], max_accuracy_drops=[4], split="held out")
+    assert list(points) == [*NAMED, "2e-05M", "drop-4"]
     assert points["2e-05M"].average_flops <= 20
     last = timm_dfs.anytime_accuracy(*val)[-1].item()
-    for name, loss in {**NAMED, "loss-4": 4}.items():
-        assert points[name].accuracy >= last - loss - 1e-4
+    for name, drop in {**NAMED, "drop-4": 4}.items():
+        assert points[name].accuracy >= last - drop - 1e-4
     assert {point.fitted_on.split for point in points.values()} == {"held out"}
     assert points["fast"].average_flops < points["balanced"].average_flops <= points["accurate"].average_flops
 
 
+def test_all_presets_share_one_search(data, monkeypatch):
+    made = []
+    search = fit.ThresholdSearch
+    monkeypatch.setattr(fit, "ThresholdSearch", lambda *args: made.append(args) or search(*args))
+    fit_presets(data[0], FLOPS, budgets=[20], max_accuracy_drops=[4, 8], held_out=data[1])
+    assert len(made) == 1
+
+
+def test_presets_are_the_points_that_are_fitted_one_by_one(data):
+    val, _ = data
+    points = fit_presets(val, FLOPS, budgets=[20], max_accuracy_drops=[4], confidence="margin")
+    goals = {name: dict(max_accuracy_drop=drop) for name, drop in {**NAMED, "drop-4": 4}.items()}
+    for name, goal in {**goals, "2e-05M": dict(budget=20)}.items():
+        point = timm_dfs.fit_operating_point(val, FLOPS, **goal, confidence="margin")
+        assert points[name].preset() == point.preset()
+
+
 def test_with_held_out_data_every_point_has_a_bound(data):
-    points = fit_presets(*data[:1], FLOPS, losses=[8], held_out=data[1], probability=0.9)
-    assert all(point.risk.confidence == 0.9 and point.risk.samples == 600 for point in points.values())
-    assert points["loss-8"].risk.at_most == 8
+    points = fit_presets(*data[:1], FLOPS, max_accuracy_drops=[8], held_out=data[1], confidence_level=0.9)
+    assert all(point.risk.confidence_level == 0.9 and point.risk.samples == 600 for point in points.values())
+    assert points["drop-8"].risk.max_accuracy_drop == 8
 
 
 def test_halves_share_no_sample_and_lose_none():
@@ -129,12 +146,11 @@ def test_a_folder_without_a_model_is_refused(model, tmp_path):
     ],
     ids=str,
 )
-def test_a_broken_preset_that_came_with_weights_is_dropped_with_a_warning_and_the_others_stay(model, broken, tmp_path):
+def test_a_broken_preset_is_not_written(model, broken, tmp_path):
     model.presets["odd"] = {**model.presets["fast"], **broken}
-    write_presets(model, tmp_path / "m")
-    with pytest.warns(UserWarning, match=f"Dropped the presets odd: .*{next(iter(broken))[:9]}"):
-        again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, depths=(1, 2), widths=(6, 8))
-    assert again.presets.keys() == {*NAMED}
+    with pytest.raises(ValueError, match=f"Preset 'odd': .*{next(iter(broken))[:9]}"):
+        write_presets(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_preset_with_fields_of_somebody_else_s_loads(model, tmp_path):
@@ -144,6 +160,6 @@ def test_a_preset_with_fields_of_somebody_else_s_loads(model, tmp_path):
     assert again.presets == model.presets
 
 
-def test_names_say_budget_and_loss():
+def test_names_say_budget_and_drop():
     assert [presets.budget_name(146.25e6), presets.budget_name(1e9)] == ["146.25M", "1000M"]
-    assert presets.loss_name(0.5) == "loss-0.5"
+    assert presets.drop_name(0.5) == "drop-0.5"

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 import timm_dfs
 from timm_dfs.cli import app
+from timm_dfs.cli.bench import HALF
+from timm_dfs.evaluation.bench import Timing
 from timm_dfs.models.dfs_twins import BASES
 
 VGG_THRESHOLDS = "0.5,0.5,0.5,0.5,0.5,0"
@@ -211,7 +213,7 @@ def test_a_preset_and_thresholds_together_are_refused(checkpoint, picture):
 def training_run(tmp_path_factory, pictures):
     """A checkpoint as train.py writes one, of a small joint VGG with its own classes."""
     torch.manual_seed(0)
-    settings = dict(depths=(1, 2), widths=(6, 8), beta=None)
+    settings = dict(depths=(1, 2), widths=(6, 8), beta="joint")
     model = timm.create_model("dfs_vgg7_cifar100", num_classes=10, **settings)
     args = argparse.Namespace(
         model="dfs_vgg7_cifar100",
@@ -254,9 +256,9 @@ def test_eval_without_data_says_what_is_missing():
 
 
 def test_model_kwargs_reach_the_model():
-    args = ("--model-kwargs", "beta=None", "--model-kwargs", "depths=(1, 1, 1)")
+    args = ("--model-kwargs", "beta=joint", "--model-kwargs", "depths=(1, 1, 1)")
     data = run_json("info", "dfs_vgg7_cifar100", *args)
-    assert data["beta"] is None and len(data["exits"]) == 3
+    assert data["beta"] == "joint" and len(data["exits"]) == 3
     assert len(run_json("flops", "dfs_vgg7_cifar100", *args)["lazy"]) == 3
 
 
@@ -322,10 +324,12 @@ def held_out(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:Exits .* chance")
 def test_calibrate_fits_presets_and_writes_them_into_a_folder_that_loads(training_run, held_out, tmp_path):
     folder = tmp_path / "calibrated"
-    data = run_json("calibrate", training_run, *held_out, "--budget", 0.7, "--loss", 30, "--output", folder)
+    data = run_json(
+        "calibrate", training_run, *held_out, "--budget", 0.7, "--max-accuracy-drop", 30, "--output", folder
+    )
     presets = data["presets"]
     budget = 0.7 * data["last_exit"]["alone"]
-    assert list(presets) == ["accurate", "balanced", "fast", f"{budget / 1e6:g}M", "loss-30"]
+    assert list(presets) == ["accurate", "balanced", "fast", f"{budget / 1e6:g}M", "drop-30"]
     assert presets[f"{budget / 1e6:g}M"]["average_flops"] <= budget
     for preset in presets.values():
         assert preset["fitted_on"]["split"] == "train" and preset["fitted_on"]["samples"] == data["samples"] == 40
@@ -337,15 +341,15 @@ def test_calibrate_fits_presets_and_writes_them_into_a_folder_that_loads(trainin
 
 
 @pytest.mark.filterwarnings("ignore:Exits .* chance")
-def test_calibrate_bounds_the_loss_on_the_other_half(training_run, held_out):
-    args = "calibrate", training_run, *held_out, "--confidence", 0.8, "--by", "margin"
+def test_calibrate_bounds_the_drop_on_the_other_half(training_run, held_out):
+    args = "calibrate", training_run, *held_out, "--confidence-level", 0.8, "--by", "margin"
     data = run_json(*args)
     assert data["samples"] == data["samples_bounded_on"] == 20
     for preset in data["presets"].values():
-        assert preset["risk"]["confidence"] == 0.8 and preset["risk"]["samples"] == 20
+        assert preset["risk"]["confidence_level"] == 0.8 and preset["risk"]["samples"] == 20
         assert preset["confidence"] == "margin"
     shown = run(*args).stdout
-    assert "balanced" in shown and "loss at most" in " ".join(shown.split())
+    assert "balanced" in shown and "drop at most" in " ".join(shown.split())
 
 
 @pytest.mark.filterwarnings("ignore:Exits .* chance")
@@ -356,8 +360,8 @@ def test_calibrate_bounds_the_loss_on_the_other_half(training_run, held_out):
         (("--split", "test[:4]"), ("test[:4]",)),
         (("--budget", 1e-9), ("budget", "first exit")),
         (("--budget", 1e12), ("1e+12", "last")),
-        (("--loss", -1), ("loss is -1",)),
-        (("--confidence", 95), ("confidence is 95",)),
+        (("--max-accuracy-drop", -1), ("max_accuracy_drop is -1",)),
+        (("--confidence-level", 95), ("confidence_level is 95",)),
         (("--by", "surprise"), ("surprise", "max_prob")),
         (("--output", "absent/folder"), ("absent",)),
     ],
@@ -371,7 +375,7 @@ def test_calibrate_refuses_options_before_it_reads_the_data(training_run, held_o
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--confidence", 0.95, "--loss", 0.1), "20 samples cannot show"),
+        (("--confidence-level", 0.95, "--max-accuracy-drop", 0.1), "20 samples cannot show"),
         (("--split", "train[:2]"), "2 validation samples for 3 exits"),
     ],
     ids=str,
@@ -409,9 +413,22 @@ def test_bench_times_every_way_on_noise():
     assert [(t["batch_size"], t["way"]) for t in data["timings"]] == [(size, way) for size in (1, 2) for way in ways]
     assert data["images"] == "noise" and data["input_size"] == [3, 32, 32] and data["fused"]
     result = run("bench", "dfs_vgg7_cifar100", *QUICK)
-    assert result.exit_code == 0 and "batch 1" in result.stdout and "achieved" in result.stdout
+    assert result.exit_code == 0 and "batch 1, n = 5 batches" in result.stdout and "achieved" in result.stdout
     data = run_json("bench", "dfs_vgg7_cifar100", "--seconds", 0, "--batch-size", 2)
     assert data["timings"][-1]["way"] == "half the cost, exits 0 and 2"
+
+
+def test_bench_says_where_early_exit_is_slower_and_where_its_slowest_batches_are(monkeypatch):
+    def timing(way, batch_size, speedup, p95):
+        return Timing(way, batch_size, 9.0, 1.0, p95, None, speedup, 1.0, speedup, 30)
+
+    made_up = [timing("last exit alone", 1, 1.0, 4.0), timing("exit 0 alone", 1, 0.5, 9.0), timing(HALF, 1, 1.5, 4.1)]
+    made_up += [timing("last exit alone", 2, 1.0, None), timing(HALF, 2, 0.9, None)]
+    monkeypatch.setattr("timm_dfs.cli.bench.measure", lambda *args: made_up)
+    shown = " ".join(run("bench", "dfs_vgg7_cifar100", *QUICK).stdout.split())
+    assert f"A longer p95 than the last exit alone: {HALF} at batch 1." in shown
+    assert f"Slower than the last exit alone: {HALF} at batch 2." in shown
+    assert "None" not in shown
 
 
 def test_bench_takes_images_of_a_data_set_and_another_size(pictures):

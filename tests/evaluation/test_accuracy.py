@@ -48,6 +48,14 @@ def test_batches_are_moved_to_the_models_type_and_logits_come_back_in_float32():
     assert logits.dtype == torch.float32 and not logits.requires_grad
 
 
+def test_a_network_that_ends_in_a_softmax_is_warned_of_when_its_logits_are_collected():
+    model = settled(tiny_vgg())
+    for head in model.heads:
+        head.fc = torch.nn.Sequential(head.fc, torch.nn.Softmax(-1))
+    with pytest.warns(UserWarning, match="look like softmax outputs"):
+        collect_logits(model, loader_of(images(4), torch.arange(4), 2))
+
+
 def test_an_empty_loader_is_refused():
     with pytest.raises(ValueError, match="no batch"):
         collect_logits(tiny_vgg(), [])

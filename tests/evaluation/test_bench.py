@@ -1,13 +1,15 @@
-"""What the benchmark counts is what is computed; how long it takes is not tested."""
+"""The benchmark counts what is computed and compares times; how long something takes is not tested."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TINY, images, recorded_heads, settled, wrapped
 
 from timm_dfs import ExitPolicy, exit_flops, predict
-from timm_dfs.evaluation.bench import LAST_EXIT, exits_logits, halving_policy, measure
+from timm_dfs.evaluation.bench import LAST_EXIT, _percentile, exits_logits, halving_policy, measure
 from timm_dfs.evaluation.flops import last_exit_flops
 from timm_dfs.evaluation.machine import describe_machine
 
@@ -22,11 +24,11 @@ def timed(model, policies, batch_sizes=(2,), count=8, size=16):
 
 
 def test_every_way_is_timed_at_every_batch_size(model):
-    timings = timed(model, dict(never=ExitPolicy([2.0, 2.0, 0.0])), (1, 4))
+    timings = timed(model, dict(never=ExitPolicy([None, None, 0.0])), (1, 4))
     ways = [LAST_EXIT, "exit 0 alone", "exit 1 alone", "never"]
     assert [(t.batch_size, t.way) for t in timings] == [(size, way) for size in (1, 4) for way in ways]
     for t in timings:
-        assert t.images_per_second > 0 and 0 < t.p50 <= t.p95 <= t.p99
+        assert t.images_per_second > 0 and t.p50 > 0 and t.rounds == 2
         assert math.isclose(t.achieved * t.cost_ratio, t.speedup)
 
 
@@ -38,12 +40,63 @@ def test_the_last_exit_alone_is_measured_against_itself(model):
 def test_a_policys_cost_is_of_the_heads_that_it_computes(model):
     full, size = last_exit_flops(model, (3, 16, 16)), (3, 16, 16)
     ratios = {t.way: t.cost_ratio for t in timed(model, dict(
-        never=ExitPolicy([2.0, 2.0, 0.0]), first=ExitPolicy([0.0, 2.0, 0.0]), second=ExitPolicy([None, 0.0, 0.0]),
+        never=ExitPolicy([None, None, 0.0]), first=ExitPolicy([0.0, None, 0.0]), second=ExitPolicy([None, 0.0, 0.0]),
     ))}  # fmt: skip
     assert ratios["never"] == 1
     assert ratios["first"] == pytest.approx(full / exit_flops(model, size, lazy=True)[0])
     assert ratios["second"] == pytest.approx(full / exit_flops(model, size, lazy=True, heads=(1,))[1])
     assert ratios["second"] == ratios["exit 1 alone"] and ratios["first"] == ratios["exit 0 alone"]
+
+
+def let_pass(monkeypatch, *rounds):
+    """Make the benchmark's clock say that the ways took these seconds in each round."""
+
+    def readings():
+        now = 0.0
+        yield now
+        for seconds in itertools.chain(*rounds):
+            yield now
+            now += seconds
+            yield now
+        yield from itertools.repeat(now)
+
+    clock = readings()
+    monkeypatch.setattr("timm_dfs.evaluation.bench.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+
+def test_time_and_cost_are_compared_on_the_same_images(model, monkeypatch):
+    batch = images(8, size=16)
+    confidence = exits_logits(model, batch)[0].softmax(-1).amax(-1)
+    batch = batch[confidence.argsort(descending=True)]  # so that the first two of four batches leave at the first exit
+    policy = ExitPolicy([confidence.sort(descending=True).values[3:5].mean().item(), None, 0.0])
+    full = last_exit_flops(model, (3, 16, 16))
+    early, _, late = exit_flops(model, (3, 16, 16), lazy=True, heads=policy.answering)
+    for rounds, cost in ((2, early), (3, (2 * early + late) / 3), (4, (early + late) / 2)):
+        let_pass(monkeypatch, *[[1.0] * 4] * rounds)
+        timing = measure(model, batch, dict(half=policy), (2,), seconds=0, least_rounds=rounds)[-1]
+        assert timing.cost_ratio == pytest.approx(full / cost)
+
+
+def test_a_round_in_which_the_machine_did_something_else_is_left_out_for_every_way(model, monkeypatch):
+    usual = [2.0, 0.5, 1.5, 1.0]
+    let_pass(monkeypatch, *[usual] * 4, [2.0, 0.5, 1.5, 50.0], *[usual] * 5)
+    policy = ExitPolicy([0.0, None, 0.0])
+    last, _, _, early = measure(model, images(8, size=16), dict(early=policy), (8,), seconds=0, least_rounds=10)
+    assert (last.way, early.way, early.rounds) == (LAST_EXIT, "early", 10)
+    assert early.speedup == pytest.approx(2) and early.images_per_second == pytest.approx(8)
+
+
+@pytest.mark.parametrize(("rounds", "p95", "p99"), [(19, None, None), (20, 19, None), (99, 95, None), (200, 190, 198)])
+def test_percentiles_need_a_batch_beyond_them(rounds, p95, p99):
+    times = [float(t) for t in torch.randperm(rounds) + 1]
+    assert (_percentile(times, 95), _percentile(times, 99)) == (p95, p99)
+
+
+def test_under_autocast_times_are_taken_and_costs_are_the_same(model):
+    policy = dict(early=ExitPolicy([0.0, None, 0.0]))
+    with torch.autocast("cpu"):
+        within = timed(model, policy)
+    assert [t.cost_ratio for t in within] == [t.cost_ratio for t in timed(model, policy)]
 
 
 def test_heads_that_nobody_computes_cost_nothing(model):

@@ -7,11 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN_DATA, TINY, module_modes, tiny_msdnet, tiny_vgg
+from fvcore.nn import FlopCountAnalysis
+from helpers import BACKBONES, GOLDEN_DATA, TINY, module_modes, tiny_msdnet, tiny_vgg, twin, wrapped
 from torch import nn
 
 from timm_dfs import exit_flops
-from timm_dfs.evaluation.flops import last_exit_flops
+from timm_dfs.evaluation.flops import MORE_HANDLES, Costs, last_exit_flops
 
 PUBLISHED = json.loads((GOLDEN_DATA / "published_results.json").read_text())
 
@@ -101,6 +102,103 @@ def test_the_heads_of_all_exits_up_to_the_answering_one_are_counted():
     assert [b - a for a, b in zip(few, many)] == [2 * sum(widths[: k + 1]) for k in range(3)]
 
 
+# One trace of all exits counts what a trace of each exit alone would.
+
+
+class UpTo(nn.Module):
+    """The network up to one exit and nothing else, with every result of it as an output."""
+
+    def __init__(self, model, exit_index, lazy, heads):
+        super().__init__()
+        self.model, self.exit_index, self.lazy = model, exit_index, lazy
+        self.heads = [k for k in range(exit_index + 1) if k in heads or k == exit_index]
+
+    def forward(self, x):
+        logits = []
+        state = self.model.walk(x, lambda _, of_exit: logits.append(of_exit), self.heads)
+        return (*logits, *([] if self.lazy else self.model.settle(state, self.exit_index)))
+
+
+def traced_alone(model, size, lazy, heads):
+    """Costs of all exits, with one trace for each."""
+    modules = [UpTo(model.eval(), k, lazy, heads) for k in range(model.num_exits)]
+    with torch.no_grad():
+        analyses = [FlopCountAnalysis(module, torch.zeros(1, *size)) for module in modules]
+        for analysis in analyses:
+            analysis.set_op_handle(**MORE_HANDLES).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return [analysis.total() for analysis in analyses]
+
+
+@pytest.mark.parametrize("name", [*TINY, *BACKBONES])
+def test_one_trace_counts_for_each_exit_what_a_trace_of_that_exit_alone_does(name):
+    model, size = (TINY[name](), (3, 16, 16)) if name in TINY else (wrapped(name), (3, 64, 64))
+    costs = Costs(model, size)
+    for lazy, heads in ((False, range(3)), (True, (1,))):
+        assert costs.of_exits(lazy, heads) == traced_alone(model, size, lazy, heads)
+
+
+class AddInPlace(nn.Module):
+    """A body that writes into its input, of which it needs a part only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x):
+        x[:, :1] += self.conv(x)
+        return x
+
+
+class ChangePartInPlace(nn.Module):
+    """A body that changes a part of its input in place; to the tracer, parts may share memory with anything."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x):
+        rest, part = self.conv(x), x.split(3, 1)[0]
+        return torch.cat([part.add_(rest), x[:, 3:]], 1)
+
+
+@pytest.mark.parametrize("body", [AddInPlace, ChangePartInPlace])
+def test_what_is_written_in_place_counts_for_later_exits_and_not_for_earlier_ones(body):
+    plain, model = tiny_vgg(depths=(1, 1)), tiny_vgg(depths=(1, 1))
+    model.stages[1] = nn.Sequential(body(6), model.stages[1])
+    extra = [a - b for a, b in zip(exit_flops(model, (3, 16, 16)), exit_flops(plain, (3, 16, 16)))]
+    assert extra == [0, 16 * 16 * 6]
+
+
+def test_the_network_is_traced_once(monkeypatch):
+    trace, traces = torch.jit._get_trace_graph, []
+    monkeypatch.setattr(torch.jit, "_get_trace_graph", lambda *args: traces.append(args) or trace(*args))
+    costs = Costs(tiny_msdnet())
+    assert costs.of_exits()[0] > costs.of_exits(lazy=True, heads=(0,))[0]
+    costs.of_last_exit_alone()
+    assert len(traces) == 1
+
+
+def test_a_compiled_network_is_counted_as_the_network_is():
+    model = tiny_msdnet()
+    assert exit_flops(torch.compile(model)) == exit_flops(model)
+
+
+@pytest.mark.parametrize("make", [tiny_msdnet, lambda: twin("NLC")], ids=["native", "twin"])
+def test_autocast_does_not_change_the_count(make):
+    model = make()
+    with torch.autocast("cpu"):
+        within = exit_flops(model), last_exit_flops(model)
+    assert within == (exit_flops(model), last_exit_flops(model))
+
+
+def test_position_embeddings_that_are_resized_for_another_size_count_one_for_each_value():
+    fixed, dynamic = (twin("NLC", img_size=size, dynamic_img_size=size == 64) for size in (96, 64))
+    assert dynamic.backbone.dynamic_img_size
+    width = fixed.backbone.embed_dim
+    extra = [a - b for a, b in zip(exit_flops(dynamic, (3, 96, 96)), exit_flops(fixed, (3, 96, 96)))]
+    assert extra == [6 * 6 * width] * 3
+
+
 class Extra(nn.Module):
     """A head's body that adds what ``operation`` makes of its feature, as a constant."""
 
@@ -165,7 +263,7 @@ def test_counting_leaves_every_module_in_its_mode_and_no_trace_on_batch_norm():
 def test_the_mode_and_the_partition_do_not_change_the_count():
     base = exit_flops(tiny_vgg(), (3, 8, 8))
     assert exit_flops(tiny_vgg().eval(), (3, 8, 8)) == base
-    assert exit_flops(tiny_vgg(beta=None), (3, 8, 8)) == base
+    assert exit_flops(tiny_vgg(beta="joint"), (3, 8, 8)) == base
     assert exit_flops(tiny_vgg(referencing="one_sided"), (3, 8, 8)) == base
     assert exit_flops(tiny_vgg(referencing="off"), (3, 8, 8)) == base
 

@@ -127,7 +127,9 @@ def test_a_card_shows_whatever_a_preset_records(folder):
     assert "| `careful` | not measured |" in text
 
 
-@pytest.mark.parametrize(("hours", "words"), [(0.5, "; 30.0 minutes by the clock"), (2.25, "; 2.2 hours by the clock")])
+@pytest.mark.parametrize(
+    ("hours", "words"), [(0.5, "; 30.0 minutes of wall-clock time"), (2.25, "; 2.2 hours of wall-clock time")]
+)
 def test_a_card_gives_the_time_in_a_unit_that_fits(folder, hours, words):
     edit(folder / hub.RESULTS_FILE, lambda results: results["training"].update(hours=hours))
     assert words in card.card(folder)

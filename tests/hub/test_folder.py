@@ -22,12 +22,12 @@ def results(name):
 
 
 def test_a_written_model_loads_from_its_folder_with_settings_and_presets(tmp_path):
-    settings = dict(depths=(1, 2), widths=(6, 8), beta=None, referencing="one_sided")
+    settings = dict(depths=(1, 2), widths=(6, 8), beta="joint", referencing="one_sided")
     model = settled(tiny_vgg(**settings))
     model.presets = {"fast": dict(thresholds=[0.5, None, 0.0], confidence="max_prob")}
     hub.write_weights(model, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert (again.beta, again.referencing, again.presets) == (None, "one_sided", model.presets)
+    assert (again.beta, again.referencing, again.presets) == ("joint", "one_sided", model.presets)
     assert torch.allclose(again(images()), model(images()), rtol=1e-2, atol=1e-2)  # half precision
     assert timm_dfs.predict(again, images(), "fast").exit_index.shape == (4,)
 

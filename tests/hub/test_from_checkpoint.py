@@ -185,8 +185,8 @@ def test_a_run_that_is_not_its_recipes_is_not_shipped(ship, capsys, changed, why
 def test_a_run_in_another_precision_is_shipped_and_its_card_says_so(ship):
     folder, results = ship(amp=False)
     assert results["training"]["other_than_recipe"] == dict(amp=False)
-    assert "- other than in the recipe: amp False\n" in (folder / "README.md").read_text()
-    assert "other than in the recipe" not in (ship()[0] / "README.md").read_text()
+    assert "- settings other than the recipe's: amp False\n" in (folder / "README.md").read_text()
+    assert "other than the recipe's" not in (ship()[0] / "README.md").read_text()
 
 
 def test_a_run_from_another_machine_says_on_what_it_trained(ship, data, tmp_path, capsys):

@@ -38,6 +38,14 @@ def test_a_wrapped_networks_exits_answer_the_same(layout):
     assert torch.equal(fused(images(4, size=64)), fused.forward_exits(images(4, size=64))[-1])
 
 
+def test_a_network_is_fused_under_autocast_as_without_it():
+    model = settled(wrapped())
+    with torch.autocast("cpu"):
+        within = fuse(model)
+    expected = fuse(model).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in within.state_dict().items())
+
+
 def test_norms_behind_convolutions_are_gone():
     assert norms(settled(TINY["msdnet"]())) and not norms(fuse(settled(TINY["msdnet"]())))
     assert not norms(fuse(settled(wrapped())))
@@ -63,7 +71,7 @@ def test_the_network_stays_as_it_is(native):
 def test_samples_leave_a_fused_network_where_they_leave_the_network(native):
     batch = images(16)
     first = native.forward_exits(batch)[0].softmax(-1).amax(-1).sort().values
-    policy = ExitPolicy([first[7:9].mean().item(), *[2.0] * (native.num_exits - 2), 0.0])
+    policy = ExitPolicy([first[7:9].mean().item(), *[None] * (native.num_exits - 2), 0.0])
     ours, theirs = predict(fuse(native), batch, policy), predict(native, batch, policy)
     assert torch.equal(ours.exit_index, theirs.exit_index)
     assert set(ours.exit_index.tolist()) == {0, native.num_exits - 1}
@@ -77,7 +85,7 @@ def test_features_stay_channels_last_when_samples_leave():
     model.advance = lambda state, k: seen.append(state) or walk(state, k)
     first = model.forward_exits(images(16))[0].softmax(-1).amax(-1).median().item()
     seen.clear()
-    predict(model, images(16), ExitPolicy([first, 2.0, 0.0]))
+    predict(model, images(16), ExitPolicy([first, None, 0.0]))
     features = [tensor for state in seen[1:] for tensor in state]
     assert features and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in features)
 

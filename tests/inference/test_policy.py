@@ -1,6 +1,7 @@
 """A sample leaves at the first exit whose confidence is at least that exit's threshold."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from timm_dfs import ExitPolicy, predict
 from timm_dfs.inference.confidence import CONFIDENCES
 
 INF = math.inf
+pytestmark = pytest.mark.filterwarnings("ignore:No sample reaches")  # of thresholds out of reach, which are tried here
 THRESHOLDS = st.lists(
     st.one_of(st.floats(0, 1), st.sampled_from([None, INF, -INF, 0.0, 1.0, 1.5])), min_size=1, max_size=5
 )
@@ -139,6 +141,31 @@ def test_the_representation_makes_the_same_policy_again():
 @pytest.mark.parametrize("thresholds", ["9999999", {0: 0.9}, {0.9}, 0.9, None, [True], ["a"]], ids=str)
 def test_what_is_no_list_of_numbers_is_refused(thresholds):
     with pytest.raises(ValueError, match="thresholds is"):
+        ExitPolicy(thresholds)
+
+
+# Thresholds that no confidence can reach.
+
+
+@pytest.mark.parametrize(
+    ("confidence", "threshold", "hint"),
+    [
+        ("max_prob", 90, "no percentage and no logit"),
+        ("margin", 1.2, "no percentage and no logit"),
+        ("entropy", 2.3, "1 minus the entropy"),
+        ("patience", 2, "at most 1 .*early exits before it"),
+    ],
+)
+def test_a_finite_threshold_out_of_reach_switches_its_exit_off_with_a_warning(confidence, threshold, hint):
+    with pytest.warns(UserWarning, match=f"thresholds {threshold:g}: .*'{confidence}'.*{hint}"):
+        policy = ExitPolicy([threshold, 0.5, 0.0], confidence)
+    assert policy.answering == (1, 2)
+
+
+@pytest.mark.parametrize("thresholds", [[None, INF, 0.0], [1.0, 0, 90], [-INF, 0.5, INF], [0.5]], ids=str)
+def test_what_switches_an_exit_off_by_intention_or_can_be_reached_is_not_warned_of(thresholds):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         ExitPolicy(thresholds)
 
 

@@ -87,7 +87,7 @@ def test_weights_saved_from_a_distributed_run_come_back(tmp_path):
 def test_weights_fit_any_partition(tmp_path):
     model = settled(tiny_vgg(beta=0.5))
     file = saved(model.state_dict(), tmp_path / "model.safetensors")
-    for settings in (dict(beta=None), dict(beta=0.25, referencing="off")):
+    for settings in (dict(beta="joint"), dict(beta=0.25, referencing="off")):
         again = loaded(tiny_vgg, file, **settings)
         assert equal_states(again, model)
         assert again.beta == settings["beta"]
@@ -320,10 +320,10 @@ def test_presets_that_came_with_weights_are_dropped_with_a_warning_where_they_do
 
 
 def test_what_timm_itself_publishes_keeps_settings_and_presets(make, tmp_path):
-    model = make(beta=None, referencing="one_sided", presets=PRESETS, pretrained_cfg_overlay=dict(num_classes=5))
+    model = make(beta="joint", referencing="one_sided", presets=PRESETS, pretrained_cfg_overlay=dict(num_classes=5))
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    assert (again.beta, again.referencing, again.presets) == (None, "one_sided", PRESETS)
+    assert (again.beta, again.referencing, again.presets) == ("joint", "one_sided", PRESETS)
     assert equal_states(again, model)
 
 
@@ -347,7 +347,7 @@ def test_packaged_weights_bring_their_own_settings(package):
     overlay = dict(file=str(file), num_classes=5)
     again = timm.create_model("dfs_vgg7_cifar100", pretrained=True, pretrained_cfg_overlay=overlay)
     assert equal_states(again, model)
-    assert again.beta is None and again.presets == PRESETS
+    assert again.beta == "joint" and again.presets == PRESETS
 
 
 def test_the_callers_settings_win_over_the_packaged_ones(package):
@@ -376,7 +376,7 @@ def test_other_packaged_weights_of_a_model_are_its_pretrained_tags(package):
         (folder / "config.json").write_text(json.dumps(config))
     cfgs = pretrained_cfgs({"dfs_vgg7_cifar100": dict(num_classes=5)})["dfs_vgg7_cifar100"]
     assert list(cfgs.tags) == ["", "half", "joint"] and cfgs.default.file == str(file)
-    for tag, beta in dict(joint=None, half=0.5).items():
+    for tag, beta in dict(joint="joint", half=0.5).items():
         cfg = replace(cfgs.cfgs[tag], tag=tag)  # as registering does
         again = timm.create_model("dfs_vgg7_cifar100", pretrained=True, pretrained_cfg=cfg)
         assert equal_states(again, model) and again.beta == beta and hub.full_name(again) == f"dfs_vgg7_cifar100.{tag}"
@@ -411,7 +411,7 @@ def test_a_published_folder_comes_back_with_its_settings(folder):
 def test_a_published_folder_takes_other_settings_too(folder):
     _, name = folder
     assert timm.create_model(name, pretrained=True, beta=0.25).beta == 0.25
-    assert timm.create_model(name, pretrained=True, beta=None).beta is None
+    assert timm.create_model(name, pretrained=True, beta="joint").beta == "joint"
     with pytest.warns(UserWarning, match="Dropped the presets fast"):
         again = timm.create_model(name, pretrained=True, num_classes=3)
     assert {fc.out_features for fc in again.get_classifier()} == {3}

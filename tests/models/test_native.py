@@ -126,14 +126,14 @@ def test_a_walk_to_an_exit_that_does_not_exist_is_refused(exits):
 @pytest.mark.parametrize("referencing", ["two_sided", "one_sided"])
 @pytest.mark.parametrize("mode", [True, False])
 def test_with_referencing_every_logit_is_the_unpartitioned_networks(make, beta, referencing, mode):
-    joint = make(beta=None, drop_rate=0.0).train(mode)
+    joint = make(beta="joint", drop_rate=0.0).train(mode)
     partitioned = same_weights(joint, make(beta=beta, referencing=referencing, drop_rate=0.0))
     for ours, theirs in zip(partitioned.forward_exits(images()), joint.forward_exits(images())):
         assert torch.equal(ours, theirs)
 
 
 def test_without_referencing_logits_differ_from_the_unpartitioned_networks(make):
-    joint = settled(make(beta=None))
+    joint = settled(make(beta="joint"))
     off = same_weights(joint, make(beta=0.5, referencing="off"))
     assert not torch.allclose(off(images()), joint(images()), atol=1e-3)
 
@@ -222,38 +222,33 @@ def test_the_default_is_half_partitioned_with_the_official_referencing(name):
     assert len(model.partitions) == model.num_exits - 1  # the last exit is never partitioned
 
 
-# beta=None through timm.
+# Joint training through timm.
 
 
-@pytest.mark.parametrize("beta", [None, "joint"])
-def test_joint_training_reaches_the_model_through_timm(make, beta):
-    model = make(beta=beta)
-    assert model.beta is None
-    assert all(partition.beta is None for partition in model.partitions)
+def test_joint_training_is_said_with_a_word(make):
+    model = make(beta="joint")
+    assert model.beta == "joint"
+    assert all(partition.beta == "joint" for partition in model.partitions)
+    assert make(beta=model.beta).beta == "joint"
 
 
-def test_joint_training_reaches_the_model_however_early_create_model_was_imported():
+def test_none_means_the_default_beta_as_timm_has_it(make):
+    assert make(beta=None).beta == make().beta == 0.5
+
+
+def test_timms_create_model_is_left_as_it_is():
     code = """
-import inspect
-from timm import create_model
-from timm.models import create_model as same
-signature = inspect.signature(create_model)
-import timm, timm_dfs
-from timm_dfs.models import _factory as factory
-for _ in range(2):
-    factory.install()
-    for create in (create_model, same, timm.create_model):
-        assert create("dfs_vgg7_cifar100", beta=None, device="meta").beta is None
-        assert create("dfs_vgg7_cifar100", device="meta").beta == 0.5
-        assert create(model_name="dfs_vgg7_cifar100", beta=None, device="meta").beta is None
-        assert create("dfs_vgg7_cifar100", False, beta=0.25, device="meta").beta == 0.25
-    assert inspect.signature(create_model) == signature
-assert type(create_model("resnet18", beta=None, device="meta")).__name__ == "ResNet"
-print("joint")
+import timm
+from timm.models import _factory
+before, attributes = dict(vars(_factory)), dict(vars(timm.create_model))
+import timm_dfs
+assert vars(_factory) == before and vars(timm.create_model) == attributes
+assert timm.create_model("dfs_vgg7_cifar100", beta="joint", device="meta").beta == "joint"
+print("as it was")
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert run.stdout.strip() == "joint", run.stderr
+    assert run.stdout.strip() == "as it was", run.stderr
 
 
 # timm's verbs.
@@ -319,7 +314,7 @@ def test_exit_points_name_modules_of_the_features_width_at_the_features_reductio
 
 
 def test_a_hook_on_an_exit_point_sees_the_exits_feature(make):
-    model = settled(make(beta=None))
+    model = settled(make(beta="joint"))
     modules, seen, fed = dict(model.named_modules()), {}, {}
     for k, point in enumerate(model.exit_points):
         modules[point].register_forward_hook(lambda _, __, output, k=k: seen.__setitem__(k, output))
@@ -423,7 +418,7 @@ def test_a_pickled_model_answers_alike(make):
 
 
 def test_the_partition_adds_no_entry_to_the_state_dict(make):
-    assert make(beta=0.5).state_dict().keys() == make(beta=None).state_dict().keys()
+    assert make(beta=0.5).state_dict().keys() == make(beta="joint").state_dict().keys()
 
 
 # Building.
@@ -536,7 +531,7 @@ def msdnet_knobs(draw):
         reduction=draw(st.sampled_from([0, 0.5, 0.9])),
         growth_rate=4,
         head_width=4,
-        beta=None,
+        beta="joint",
     )
 
 

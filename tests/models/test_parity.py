@@ -21,11 +21,11 @@ OFFICIAL_SHAPES = json.loads((DATA / "official_state_dict_keys.json").read_text(
 # case: (model, official network, settings)
 CASES = {
     "vgg7_cifar100_beta0.5": ("dfs_vgg7_cifar100", "vgg7_64_cifar100", dict(beta=0.5)),
-    "vgg7_cifar100_joint": ("dfs_vgg7_cifar100", "vgg7_64_cifar100", dict(beta=None)),
+    "vgg7_cifar100_joint": ("dfs_vgg7_cifar100", "vgg7_64_cifar100", dict(beta="joint")),
     "resnet18_cifar100_beta0.5": ("dfs_resnet18_cifar100", "resnet18", dict(beta=0.5)),
     "msdnet_cifar100_beta0.5": ("dfs_msdnet_cifar100", "msdnet_cifar100", dict(beta=0.5)),
     "msdnet_cifar100_beta0.3_noref": ("dfs_msdnet_cifar100", "msdnet_cifar100", dict(beta=0.3, referencing="off")),
-    "msdnet_cifar100_joint": ("dfs_msdnet_cifar100", "msdnet_cifar100", dict(beta=None)),
+    "msdnet_cifar100_joint": ("dfs_msdnet_cifar100", "msdnet_cifar100", dict(beta="joint")),
     "msdnet_imagenet_beta0.5": ("dfs_msdnet_imagenet", "msdnet_imagenet", dict(beta=0.5)),
     "vit_tiny_beta0.5_start6": (
         "dfs_vit_tiny_patch16_224",

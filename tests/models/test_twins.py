@@ -77,9 +77,9 @@ def test_a_twin_of_three_stages_has_three_exits():
     assert timm.create_model("dfs_levit_128s", device="meta").num_exits == 3
 
 
-@pytest.mark.parametrize("beta", [None, "joint"])
-def test_joint_training_reaches_a_twin(beta):
-    assert twin(beta=beta).beta is None
+def test_joint_training_reaches_a_twin():
+    assert twin(beta="joint").beta == "joint"
+    assert twin(beta=None).beta == 0.5  # timm's word for the default
 
 
 def test_arguments_about_exits_reach_the_exits_and_the_others_the_base():
@@ -166,7 +166,7 @@ def test_a_twins_weights_come_back(trained, silent):
 
 def test_a_twins_weights_fit_any_partition(trained):
     model, file = trained
-    other = loaded(file, beta=None, referencing="one_sided")
+    other = loaded(file, beta="joint", referencing="one_sided")
     assert_same_answers(other, model)
 
 
@@ -224,7 +224,7 @@ def test_a_train_scripts_checkpoint_path_takes_both(trained, base):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"foo.weight": torch.ones(1)}, tmp_path / "foo.pth")
-    with pytest.raises(ValueError, match=r"foo.pth are none of dfs_test_resnet's or test_resnet's"):
+    with pytest.raises(ValueError, match=r"foo.pth are neither dfs_test_resnet's nor test_resnet's"):
         loaded(tmp_path / "foo.pth")
     with pytest.raises(FileNotFoundError):
         loaded(tmp_path / "absent.pth")
@@ -248,13 +248,13 @@ def test_a_config_that_is_given_reaches_the_twin():
 
 @pytest.mark.parametrize("layout", BACKBONES)
 def test_what_is_saved_for_the_hub_comes_back_bit_for_bit(layout, tmp_path):
-    settings = dict(beta=None, referencing="one_sided", exits=3)
+    settings = dict(beta="joint", referencing="one_sided", exits=3)
     settings.update({key: value for key, value in BACKBONES[layout][1].items()})
     model = settled(twin(layout, **settings))
     model.presets = {"fast": dict(thresholds=[0.9, 0.8, 0.0], confidence="max_prob")}
     save_for_hf(model, tmp_path, model_args=dict(settings))
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    assert (again.num_exits, again.beta, again.referencing) == (3, None, "one_sided")
+    assert (again.num_exits, again.beta, again.referencing) == (3, "joint", "one_sided")
     assert again.presets == model.presets and again.exit_points == model.exit_points
     assert_same_answers(again, model)
     for key in ("input_size", "mean", "std"):

@@ -1,8 +1,9 @@
-"""Weights from the Hub: what is named is what is loaded, whatever fails; a stranger's repository is refused."""
+"""Weights from the Hub: what is named is what is loaded, whatever fails; a repository of something else is refused."""
 
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -12,6 +13,9 @@ from helpers import CLASSES, PRESETS, published, settled, tiny_vgg, twin
 from hub_server import FAULTS, Fault, Repository, hub_server, use
 
 import timm_dfs  # noqa: F401
+from timm_dfs.hub.folder import full_name, load
+from timm_dfs.models import dfs_twins
+from timm_dfs.pretrained.sources import resolve
 
 NAME = "dfs_vgg7_cifar100"
 
@@ -56,7 +60,7 @@ def model(folder):
 
 
 @pytest.mark.parametrize("name", ["hf-hub:us/vgg", "hf-hub:us/vgg@main", NAME])
-def test_a_model_of_the_hubs_comes_with_its_weights_settings_and_presets(name, folder, model, server, monkeypatch):
+def test_a_model_of_the_hub_comes_with_its_weights_settings_and_presets(name, folder, model, server, monkeypatch):
     put(server, f"us/{NAME}", folder)
     put(server, "us/vgg", folder)
     monkeypatch.setenv("TIMM_DFS_HUB", "us")
@@ -71,12 +75,12 @@ def test_the_variable_may_name_a_folder_of_model_folders(folder, model, server, 
 
 
 def test_a_pretrained_tag_is_looked_for_under_its_own_name(tmp_path, folder, monkeypatch):
-    model = settled(tiny_vgg(beta=None))
+    model = settled(tiny_vgg(beta="joint"))
     published(tmp_path / f"{NAME}.joint", model)
     shutil.copytree(folder, tmp_path / NAME)
     monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path))
     tagged = replace(timm.get_pretrained_cfg(NAME), tag="joint")
-    assert timm.create_model(NAME, pretrained=True, pretrained_cfg=tagged).beta is None
+    assert timm.create_model(NAME, pretrained=True, pretrained_cfg=tagged).beta == "joint"
     assert timm.create_model(NAME, pretrained=True).beta == 0.5
 
 
@@ -106,6 +110,69 @@ def test_the_callers_settings_win_over_the_repositorys(folder, server):
     assert timm.create_model("hf-hub:us/vgg", pretrained=True, beta=0.25).beta == 0.25
     with pytest.warns(UserWarning, match="Dropped the presets fast"):
         assert timm.create_model("hf-hub:us/vgg", pretrained=True, num_classes=3).num_classes == 3
+
+
+def test_the_callers_config_wins_over_the_repositorys(folder, server, monkeypatch):
+    put(server, f"us/{NAME}", folder)
+    monkeypatch.setenv("TIMM_DFS_HUB", "us")
+    for name in (NAME, f"hf-hub:us/{NAME}"):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(mean=(0.1, 0.2, 0.3)))
+        assert tuple(model.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
+
+
+# Tags.
+
+
+@pytest.mark.parametrize(
+    ("variant", "given", "name"),
+    [
+        (NAME, None, NAME),
+        (NAME, dict(tag="joint"), f"{NAME}.joint"),
+        ("dfs_resnet50", None, "dfs_resnet50"),
+        ("dfs_resnet50", "a1_in1k", "dfs_resnet50"),  # timm's default tag, with which it means the same
+        ("dfs_resnet50", "a2_in1k", "dfs_resnet50.a2_in1k"),
+        ("dfs_resnet50", dict(tag="a2_in1k"), "dfs_resnet50.a2_in1k"),
+        ("dfs_resnet50", dict(tag="a1_in1k"), "dfs_resnet50"),
+    ],
+)
+def test_every_architecture_is_looked_for_under_its_name_and_a_tag_that_is_not_the_default(
+    variant, given, name, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=rf"in {tmp_path}/{name};"):
+        resolve(variant, given, None, True, lambda args: None)
+
+
+def test_a_twin_that_was_trained_does_not_claim_the_tag_of_its_bases_weights(tmp_path, monkeypatch):
+    model = settled(twin(presets=PRESETS))
+    model.pretrained_cfg["tag"] = None
+    published(tmp_path / "dfs_test_resnet", model)
+    monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path))
+    assert full_name(timm.create_model("dfs_test_resnet", pretrained=True)) == "dfs_test_resnet"
+
+
+@pytest.mark.parametrize("more", [{}, dict(features_only=True)], ids=["whole", "features"])
+@pytest.mark.parametrize("given", ["a2_in1k", dict(tag="a2_in1k")], ids=["as a tag", "as a config"])
+def test_a_twin_without_trained_exits_starts_from_its_bases_weights_of_the_same_tag(given, more, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def create_model(name, pretrained, **kwargs):
+        raise Asked(name, pretrained)
+
+    monkeypatch.setattr(dfs_twins.timm, "create_model", create_model)
+    with pytest.raises(Asked) as asked:
+        dfs_twins.create_twin("resnet50", True, pretrained_cfg=given, **more)
+    assert asked.value.args == ("resnet50.a2_in1k", True)
+
+
+def test_features_of_a_twin_with_trained_exits_are_refused_for_they_would_be_the_bases(tmp_path):
+    overlay = dict(file=str(tmp_path / "twin.pth"))
+    with pytest.raises(ValueError, match=r"not with those from .*twin\.pth.*forward_intermediates"):
+        twin(features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+# Twins.
 
 
 def test_a_twin_comes_from_the_hub_with_its_exits(tmp_path, server, monkeypatch):
@@ -142,10 +209,10 @@ def test_offline_a_cold_cache_says_what_to_do(name, server, monkeypatch):
     monkeypatch.setenv("TIMM_DFS_HUB", "us")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"not in the cache.*with a connection.*local-dir"):
-        timm.create_model(name, pretrained=True)
+        load(name)
 
 
-# Strangers.
+# Repositories of something else.
 
 
 @pytest.mark.parametrize(
@@ -171,10 +238,10 @@ def test_a_repository_that_is_not_what_it_is_called_is_refused(change, words, fo
         timm.create_model(NAME, pretrained=True)
 
 
-def test_a_config_that_is_no_json_is_refused(folder, server, monkeypatch):
+def test_a_config_that_is_not_json_is_refused(folder, server, monkeypatch):
     monkeypatch.setenv("TIMM_DFS_HUB", "squatter")
     put(server, f"squatter/{NAME}", folder, **{"config.json": b"<html>"})
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -229,14 +296,14 @@ def test_a_download_that_fails_leaves_nothing_half_and_a_second_one_succeeds(
     put(server, "us/vgg", folder)
     server.faults[kind] = Fault(**vars(FAULTS[fault]))
     try:
-        assert same(timm.create_model("hf-hub:us/vgg", pretrained=True), model)
+        assert same(load("hf-hub:us/vgg"), model)
         outcome = "loaded"
     except (OSError, ValueError) as error:
         outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
     record_property("outcome", outcome)
     assert (outcome == "loaded") == (fault == "trickle"), outcome
     server.faults.clear()
-    again = timm.create_model("hf-hub:us/vgg", pretrained=True)
+    again = load("hf-hub:us/vgg")
     assert same(again, model) and again.presets == PRESETS
 
 
@@ -253,3 +320,43 @@ def test_a_connection_that_breaks_once_is_resumed_where_it_broke(folder, model, 
     server.faults["lfs-download"] = Fault(reset=True, times=1)
     assert same(timm.create_model("hf-hub:us/vgg", pretrained=True), model)
     assert server.seen.count("lfs-download") == 2
+
+
+# Damage in the cache.
+
+
+def damage(repo, old, new):
+    """Change the text of a repository's cached config."""
+    file = Path(huggingface_hub.hf_hub_download(repo, "config.json"))
+    text = file.read_text()
+    assert old in text
+    file.resolve().write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_config_damaged_in_the_cache_is_refused_and_deleted(pretrained, folder, model, server):
+    put(server, "us/vgg", folder)
+    timm.create_model("hf-hub:us/vgg", pretrained=True)
+    damage("us/vgg", '"beta": 0.5', '"beta": 0.7')
+    with pytest.raises(OSError, match=r"config\.json of us/vgg arrived damaged .* was deleted; try again"):
+        timm.create_model("hf-hub:us/vgg", pretrained=pretrained)
+    assert timm.create_model("hf-hub:us/vgg", pretrained=pretrained).beta == 0.5
+
+
+def test_a_config_so_damaged_that_timm_cannot_read_it_is_never_loaded_and_deleted_by_us(folder, model, server):
+    put(server, "us/vgg", folder)
+    timm.create_model("hf-hub:us/vgg", pretrained=True)
+    damage("us/vgg", "{", "z")
+    with pytest.raises(json.JSONDecodeError):  # timm's own: it reads the file before it calls our entrypoint
+        timm.create_model("hf-hub:us/vgg", pretrained=True)
+    with pytest.raises(OSError, match=r"arrived damaged .* was deleted; try again"):
+        load("hf-hub:us/vgg")
+    assert same(timm.create_model("hf-hub:us/vgg", pretrained=True), model)
+
+
+def test_a_folder_that_is_not_what_it_is_called_is_refused_like_a_repository(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "mine")
+    changed = config(folder, lambda c: c["model_args"].update(checkpoint_path="/etc/passwd"))
+    (tmp_path / "mine" / "config.json").write_bytes(changed["config.json"])
+    with pytest.raises(ValueError, match="only the caller"):
+        timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)

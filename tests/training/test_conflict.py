@@ -22,9 +22,9 @@ def make(request):
 
 
 class Toy(MultiExitModel):
-    """One convolution of four channels, and exits that all read what it puts out."""
+    """One convolution of four channels, and exits that all read its output."""
 
-    def __init__(self, classifiers, beta=None):
+    def __init__(self, classifiers, beta="joint"):
         super().__init__(2, 3, 0.0, beta, "two_sided", None)
         self.conv = nn.Conv2d(3, 4, 1, bias=False)
         self.feature_info = [dict(num_chs=4, reduction=1, module="conv") for _ in classifiers]
@@ -48,33 +48,33 @@ ONE = [(images(1), torch.tensor([0]))]
 # By hand.
 
 
-def test_exits_alike_agree_wholly():
+def test_identical_exits_have_cosine_1():
     conflict = gradient_conflict(Toy([FOR, FOR]), [(images(6), LABELS % 2)])
     assert conflict.layers == ("conv",)
     assert torch.allclose(conflict.cosine, torch.ones(1, 2, 2))
     assert conflict.conflicting == 0.0
 
 
-def test_exits_that_want_the_opposite_conflict_wholly():
+def test_opposite_exits_have_cosine_minus_1():
     conflict = gradient_conflict(Toy([FOR, AGAINST]), ONE)
     assert torch.allclose(conflict.cosine[0], torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
     assert conflict.conflicting == 1.0
 
 
-def test_exits_that_read_other_channels_are_at_right_angles_and_do_not_conflict():
+def test_exits_that_read_different_channels_have_cosine_0_and_do_not_conflict():
     halves = [FOR * torch.tensor([1.0, 1, 0, 0]), FOR * torch.tensor([0.0, 0, 1, 1])]
     conflict = gradient_conflict(Toy(halves), ONE)
     assert torch.allclose(conflict.cosine[0], torch.eye(2), atol=1e-6)
     assert conflict.conflicting == 0.0
 
 
-def test_a_partition_puts_the_gradients_of_what_conflicted_at_right_angles():
+def test_a_partition_gives_conflicting_exits_cosine_0():
     conflict = gradient_conflict(Toy([FOR, AGAINST], beta=0.5), ONE)
     assert torch.equal(conflict.cosine[0, 0, 1], torch.tensor(0.0))
     assert conflict.conflicting == 0.0
 
 
-def test_the_share_that_conflicts_is_one_of_pairs():
+def test_conflicting_is_a_share_of_the_pairs():
     conflict = gradient_conflict(Toy([FOR, FOR, AGAINST]), ONE)
     assert conflict.conflicting == pytest.approx(2 / 3)
     assert conflict.cosine[0].sign().tolist() == [[1, 1, -1], [1, 1, -1], [-1, -1, 1]]
@@ -114,7 +114,7 @@ def expected_cosines(model, x, target):
     return found
 
 
-@pytest.mark.parametrize("beta", [None, 0.5, 0.2])
+@pytest.mark.parametrize("beta", ["joint", 0.5, 0.2])
 def test_cosines_are_those_of_separate_backward_passes(make, beta):
     model = settled(make(beta=beta)).double()
     conflict = gradient_conflict(model, [(images(6).double(), LABELS)])
@@ -132,7 +132,7 @@ def test_cosines_are_those_of_separate_backward_passes(make, beta):
 
 
 def test_layers_come_in_the_networks_order_and_are_shared(make):
-    model = settled(make(beta=None))
+    model = settled(make(beta="joint"))
     conflict = gradient_conflict(model, BATCHES)
     names = [name for name, _ in model.named_modules()]
     assert [name for name in names if name in conflict.layers] == list(conflict.layers)
@@ -143,7 +143,7 @@ def test_layers_come_in_the_networks_order_and_are_shared(make):
 
 
 def test_an_exit_that_does_not_train_a_layer_has_no_cosine_there():
-    conflict = gradient_conflict(settled(tiny_vgg(beta=None)), BATCHES)
+    conflict = gradient_conflict(settled(tiny_vgg(beta="joint")), BATCHES)
     cosine = dict(zip(conflict.layers, conflict.cosine))
     assert not cosine["stages.0.conv"].isnan().any()
     assert cosine["stages.1.conv"][0].isnan().all() and not cosine["stages.1.conv"][1:, 1:].isnan().any()
@@ -151,7 +151,7 @@ def test_an_exit_that_does_not_train_a_layer_has_no_cosine_there():
 
 
 @pytest.mark.parametrize("make", [tiny_vgg, tiny_resnet], ids=["vgg", "resnet"])
-def test_a_two_sided_partition_leaves_an_exit_nothing_in_common_with_deeper_ones_after_its_last_layer(make):
+def test_a_two_sided_partition_gives_an_exit_and_deeper_ones_cosine_0_in_its_last_layer(make):
     """Deeper exits train the shared channels of the exit's feature and it trains the others: cosine 0."""
     conflict = gradient_conflict(settled(make(beta=0.25)), BATCHES)
     cosine = dict(zip(conflict.layers, conflict.cosine))
@@ -161,7 +161,7 @@ def test_a_two_sided_partition_leaves_an_exit_nothing_in_common_with_deeper_ones
 
 
 @pytest.mark.parametrize("settings", [{}, dict(gradient_equilibrium=True), dict(loss_weights=[1, 0, 5])], ids=str)
-def test_objectives_do_not_count(settings):
+def test_the_objective_does_not_change_the_conflict(settings):
     plain = settled(tiny_vgg())
     model = tiny_vgg(**settings)
     model.load_state_dict(plain.state_dict())
@@ -169,7 +169,7 @@ def test_objectives_do_not_count(settings):
     assert torch.allclose(found.cosine, expected.cosine, atol=1e-5, equal_nan=True)
 
 
-def test_adapters_and_checkpointing_do_not_matter(make):
+def test_adapters_and_checkpointing_do_not_change_the_conflict(make):
     plain = settled(make())
     model = make(distill_feature_weight=0.1)
     model.load_state_dict(plain.state_dict(), strict=False)
@@ -197,7 +197,7 @@ def test_neither_gradients_nor_statistics_nor_modes_change(make):
     assert module_modes(model) == modes
 
 
-def test_modes_come_back_after_an_error(make):
+def test_modes_are_restored_after_an_error(make):
     model = make().train()
     modes = module_modes(model)
     with pytest.raises(ValueError):
@@ -217,7 +217,7 @@ def test_the_mode_it_is_called_in_does_not_matter(make):
 
 
 def test_no_batches_are_refused(make):
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="no batches"):
         gradient_conflict(make(), [])
 
 
@@ -231,18 +231,18 @@ def test_a_model_without_exits_is_refused():
     [
         lambda: tiny_vgg(beta=0.0),
         lambda: tiny_resnet(beta=0.0),
-        lambda: tiny_vgg(beta=None, train_backbone=False),
+        lambda: tiny_vgg(beta="joint", train_backbone=False),
         lambda: tiny_vgg(depths=(1,), widths=(6,)),
     ],
     ids=["beta 0", "beta 0 in stages", "frozen", "one exit"],
 )
-def test_nothing_shared_is_refused(model):
+def test_a_model_without_shared_layers_is_refused(model):
     with pytest.raises(ValueError, match="No layer is trained by two exits"):
         gradient_conflict(settled(model()), BATCHES)
 
 
 @pytest.mark.parametrize("where", ["weights", "images"])
-def test_what_is_not_a_number_is_refused(where):
+def test_gradients_that_are_not_finite_are_refused(where):
     model, x = settled(tiny_vgg()), images(6)
     with torch.no_grad():
         (model.stages[0].conv.weight if where == "weights" else x)[0] = float("nan")
@@ -253,16 +253,16 @@ def test_what_is_not_a_number_is_refused(where):
 @pytest.mark.parametrize(
     "x", [images(6)[:, :1], images(6)[0], images(6).byte(), images(6).tolist()], ids=["grey", "one", "bytes", "list"]
 )
-def test_what_are_no_images_is_refused(x):
+def test_a_batch_that_is_not_of_images_is_refused(x):
     with pytest.raises(ValueError, match=r"^x "):
         gradient_conflict(tiny_vgg(), [(x, LABELS)])
 
 
 def test_a_network_with_nothing_to_train_is_refused():
-    with pytest.raises(ValueError, match="nothing conflicts"):
+    with pytest.raises(ValueError, match="All parameters are frozen"):
         gradient_conflict(tiny_vgg().requires_grad_(False), BATCHES)
 
 
-def test_gradients_as_small_as_they_come_still_have_directions():
+def test_tiny_gradients_have_directions():
     conflict = gradient_conflict(Toy([1e-16 * FOR, -1e-16 * FOR]), ONE)
     assert torch.allclose(conflict.cosine[0], torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))

@@ -1,6 +1,7 @@
 """Two processes with half a batch each get the gradients of one process with the whole batch."""
 
 import logging
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 WORLD, BATCH, STEPS = 2, 4, 2
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0, 1])
-JOINT = dict(beta=None)
+JOINT = dict(beta="joint")
 
 # With batch norm out of the way, everything here is a mean over the batch and so the same in parts.
 CASES = {
@@ -70,14 +71,27 @@ def batches_of(rank=None):
 
 
 def work(rank, folder):
-    """One process's part of every case; it leaves its gradients in ``folder``."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    """One process's part of every case: the gradients that it ends with, and the lines that it logs."""
+    distributed.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(minutes=5)
+    )
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("timm_dfs").addHandler(handler)
-    logging.getLogger("timm_dfs").setLevel(logging.INFO)
+    logger = logging.getLogger("timm_dfs")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return cases_of(rank), lines
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        distributed.destroy_process_group()
+
+
+def cases_of(rank):
+    """One process's gradients of every case, by its name."""
     found = {}
     for name, (make, settings) in (CASES | ALIKE_ONLY).items():
         model, task = task_of(make, settings)
@@ -90,16 +104,24 @@ def work(rank, folder):
         gradients_of(model, task, batches_of(rank), accumulate=True)
     except ValueError as error:
         found["refusal"] = str(error)
-    torch.save((found, lines), f"{folder}/{rank}.pth")
-    distributed.destroy_process_group()
+    return found
+
+
+def save_work(_, rank, folder):
+    torch.set_num_threads(1)
+    torch.save(work(rank, folder), f"{folder}/{rank}.pth")
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What each process found and logged."""
+    """What each process found and logged. This process is the first: starting another takes longer than all cases."""
     folder = str(tmp_path_factory.mktemp("processes"))
-    multiprocessing.spawn(work, (folder,), nprocs=WORLD)
-    return [torch.load(f"{folder}/{rank}.pth") for rank in range(WORLD)]
+    others = [multiprocessing.spawn(save_work, (rank, folder), join=False, daemon=True) for rank in range(1, WORLD)]
+    first = work(0, folder)
+    for other in others:
+        while not other.join():
+            pass
+    return [first, *(torch.load(f"{folder}/{rank}.pth") for rank in range(1, WORLD))]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -128,7 +128,7 @@ def test_the_teacher_is_trained_by_the_target_alone(share):
     assert torch.equal(logits[2].grad, expected)
 
 
-def test_an_exit_wholly_distilled_does_not_see_the_target():
+def test_a_fully_distilled_exit_does_not_use_the_target():
     logits = exit_logits()
     loss_of(dict(distill_weight=1.0), logits).backward()
     early = [one.grad.clone() for one in logits[:2]]
@@ -137,7 +137,7 @@ def test_an_exit_wholly_distilled_does_not_see_the_target():
     assert all(torch.equal(one.grad, expected) for one, expected in zip(again, early))
 
 
-def test_one_tensor_is_judged_by_the_criterion_whatever_the_objective():
+def test_one_tensor_gets_the_plain_criterion_with_any_objective():
     logits = exit_logits(1)[0]
     objective = dict(loss_weights=[1, 2, 3], distill_weight=0.3, distill_feature_weight=0.1)
     assert torch.equal(loss_of(objective, logits), F.cross_entropy(logits, LABELS))
@@ -147,7 +147,7 @@ def test_one_tensor_is_judged_by_the_criterion_whatever_the_objective():
 
 
 def pooled_features(model):
-    """What every head's classifier reads, filled by the next forward pass."""
+    """Inputs of every head's classifier, filled by the next forward pass."""
     seen = {}
     for k, head in enumerate(model.heads):
         head.fc.register_forward_pre_hook(lambda _, inputs, k=k: seen.__setitem__(k, inputs[0]))
@@ -169,7 +169,7 @@ def test_feature_distillation_adds_the_distance_between_pooled_features(make):
 
 
 def test_a_distance_trains_its_adapter_and_what_feeds_it_but_nothing_of_the_last_exits_own(make):
-    model = make(drop_rate=0.0, distill_feature_weight=0.25, beta=None).train()
+    model = make(drop_rate=0.0, distill_feature_weight=0.25, beta="joint").train()
     *_, distances = model(images(6))
     found = gradients(distances[0], model)
     reached = {name for name, gradient in found.items() if gradient.any()}
@@ -343,7 +343,7 @@ def test_accuracy_is_of_the_likeliest_class_and_no_number_without_one(lines, tar
     assert lines()[0].endswith(f"Acc@1: {accuracy}")
 
 
-def test_neither_eval_mode_nor_plain_models_have_a_line(lines):
+def test_neither_eval_mode_nor_plain_models_are_logged(lines):
     task_of(tiny_vgg().eval())(images(6), LABELS)
     task_of(timm.create_model("test_resnet", num_classes=CLASSES))(images(6, size=32), LABELS)
     assert lines() == []
@@ -394,7 +394,7 @@ CHAINS = {"msdnet_of_one_scale": tiny_chain_msdnet, "resnet": tiny_resnet, "vgg"
 
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
 def test_without_partition_every_exit_counts_the_same_in_every_layer(make):
-    plain, balanced = balanced_pair(make, beta=None)
+    plain, balanced = balanced_pair(make, beta="joint")
     each = exit_gradients(plain, images(6).double())
     found = gradients(task_of(balanced)(images(6).double(), LABELS)["loss"], balanced)
     for name, gradient in found.items():
@@ -406,7 +406,7 @@ def test_without_partition_every_exit_counts_the_same_in_every_layer(make):
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("exit_index", range(3))
 def test_without_partition_one_exits_contribution_to_the_stem_is_one_in_three(make, exit_index):
-    plain, balanced = balanced_pair(make, beta=None)
+    plain, balanced = balanced_pair(make, beta="joint")
     wanted = exit_gradients(plain, images(6).double())[exit_index]
     found = exit_gradients(balanced, images(6).double())[exit_index]
     first = next(name for name, _ in plain.named_parameters())
@@ -434,7 +434,7 @@ def test_vggs_partly_trained_features_are_balanced_too():
 
 def test_exits_are_balanced_where_msdnets_coarsest_scale_is_read():
     """As in the official code for GE: what deeper exits send back through finer scales is not scaled."""
-    plain, balanced = balanced_pair(tiny_msdnet, beta=None)
+    plain, balanced = balanced_pair(tiny_msdnet, beta="joint")
     each = exit_gradients(plain, images(6).double())
     found = exit_gradients(balanced, images(6).double())
     for name in (name for name in found[0] if not name.startswith("heads.")):
@@ -453,8 +453,8 @@ def test_heads_are_trained_as_without_equilibrium(make):
 
 
 def test_equilibrium_weighs_weighted_losses(make):
-    plain, balanced = balanced_pair(make, beta=None)
-    weighted = make(drop_rate=0.0, gradient_equilibrium=True, loss_weights=[1, 2, 4], beta=None).double().train()
+    plain, balanced = balanced_pair(make, beta="joint")
+    weighted = make(drop_rate=0.0, gradient_equilibrium=True, loss_weights=[1, 2, 4], beta="joint").double().train()
     weighted.load_state_dict(plain.state_dict())
     each = exit_gradients(balanced, images(6).double())
     found = gradients(task_of(weighted)(images(6).double(), LABELS)["loss"], weighted)
@@ -514,7 +514,7 @@ def test_heads_only_survives_changes_of_mode_and_copies(make):
     assert all(parameter.requires_grad == of_heads(name) for name, parameter in twin.named_parameters())
 
 
-def test_heads_only_begins_in_the_mode_in_which_timm_makes_models(make):
+def test_heads_only_starts_in_the_mode_in_which_timm_creates_models(make):
     model = make(train_backbone=False)
     assert model.training == make().training
     assert model.heads.training == model.training
@@ -609,8 +609,8 @@ def test_another_objective_undoes_the_one_before(make):
     assert len(model(images(6))) == 3
 
 
-def test_train_scripts_way_to_load_a_checkpoint_lets_go_of_adapters(make, tmp_path):
-    """As timm's validate.py does, which knows nothing of the settings the checkpoint was trained with."""
+def test_a_checkpoint_loaded_as_train_py_does_loses_its_adapters(make, tmp_path):
+    """As timm's validate.py does, without the settings the checkpoint was trained with."""
     trained = make(distill_feature_weight=0.25)
     torch.save(dict(state_dict=trained.state_dict()), tmp_path / "last.pth.tar")
     model = make()

@@ -13,7 +13,7 @@ ARGS = dict(
     num_classes=5,
     in_chans=None,
     gp=None,
-    model_kwargs=dict(depths=(1, 2), widths=(6, 8), beta=None, aggregator="UPGrad"),
+    model_kwargs=dict(depths=(1, 2), widths=(6, 8), beta="joint", aggregator="UPGrad"),
     dataset="hfds/somewhere",
     data_dir=None,
     val_split="test",
@@ -36,7 +36,7 @@ def test_it_names_the_model_its_arguments_and_its_data(tmp_path):
 
 def test_joint_training_is_told_from_the_default_beta(tmp_path):
     joint = read_run(save(tmp_path / "joint.pth.tar", args=argparse.Namespace(**ARGS)))
-    assert joint.model_args["beta"] is None
+    assert joint.model_args["beta"] == "joint"
     plain = read_run(save(tmp_path / "plain.pth.tar", args=argparse.Namespace(**dict(ARGS, model_kwargs={}))))
     assert "beta" not in plain.model_args
 

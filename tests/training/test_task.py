@@ -135,7 +135,7 @@ def test_clipping_without_the_head_leaves_every_classifier_out(make, wrap):
 
 
 @pytest.mark.parametrize("task_class", [ClassificationTask, MultiLabelClassificationTask])
-def test_clipping_a_plain_timm_model_is_as_ever(task_class):
+def test_clipping_a_plain_timm_model_is_unchanged(task_class):
     model = timm.create_model("test_resnet", num_classes=CLASSES)
     task = task_class(model, BinaryCrossEntropy(), verbose=False)
     for exclude_head in (False, True):
@@ -174,7 +174,7 @@ KNOWLEDGE = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("kind", KNOWLEDGE)
-def test_a_teacher_from_outside_is_refused_with_the_remedy(kind, wrap):
+def test_an_external_teacher_is_refused_with_the_remedy(kind, wrap):
     with pytest.raises(ValueError, match=r"3 exits.*--kd-model-name.*distill_weight"):
         KNOWLEDGE[kind](wrap(tiny_vgg()))
 
@@ -191,14 +191,14 @@ def test_a_teacher_from_outside_is_refused_with_the_remedy(kind, wrap):
         ),
     ],
 )
-def test_plain_timm_models_are_taught_as_ever(kind, student):
+def test_plain_timm_models_are_distilled_as_before(kind, student):
     task = KNOWLEDGE[kind](student().train())
     loss = task(images(size=32), LABELS)["loss"]
     loss.backward()
     assert loss.isfinite()
 
 
-def test_a_network_with_exits_may_teach():
+def test_a_network_with_exits_can_be_the_teacher():
     student = timm.create_model("test_resnet", num_classes=CLASSES).train()
     task = LogitDistillationTask(student, tiny_vgg(), verbose=False)
     task(images(size=32), LABELS)["loss"].backward()
@@ -229,13 +229,13 @@ def test_setting_the_classifiers_bias_sets_every_exits(make):
     assert all((head.fc.bias == -3.0).all() for head in model.heads)
 
 
-def test_setting_a_bias_that_is_not_there_is_refused():
+def test_setting_an_absent_bias_is_refused():
     with pytest.raises(ValueError, match="no bias"):
         nn.init.constant_(tiny_vgg().get_classifier().bias, 1.0)
 
 
 @pytest.mark.parametrize("name", ["shape", "data", "sum", "__add__"])
-def test_what_several_classifiers_do_not_have_in_common_is_an_attribute_error(name):
+def test_other_operations_on_all_classifiers_are_an_attribute_error(name):
     with pytest.raises(AttributeError, match="one weight for each exit"):
         getattr(tiny_vgg().get_classifier().weight, name)
 

@@ -78,7 +78,7 @@ TRAINED = {
     "head scale and bias": ("--head-init-scale", "0.5", "--head-init-bias", "0.1"),
     "layer decay": ("--layer-decay", "0.8", "--opt", "adamw"),
     "checkpointing": ("--grad-checkpointing",),
-    "joint": model_kwargs(beta=None),
+    "joint": model_kwargs(beta="joint"),
     "weights": model_kwargs(loss_weights="(1,0.5,1)"),
     "distillation": model_kwargs(distill_weight=0.3, distill_feature_weight=0.03),
     "equilibrium": model_kwargs(gradient_equilibrium=True),
@@ -110,7 +110,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("flags", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_work_stops_with_the_reason(pictures, tmp_path, flags, reason):
+def test_unsupported_flags_stop_with_the_reason(pictures, tmp_path, flags, reason):
     finished = run(pictures, tmp_path, *flags)
     assert finished.returncode != 0
     assert reason in finished.stderr.strip().splitlines()[-1]
@@ -121,7 +121,7 @@ def test_reentrant_checkpointing_stops_with_the_reason(pictures, tmp_path):
     assert finished.returncode != 0 and "reentrant" in finished.stderr.strip().splitlines()[-1]
 
 
-def test_the_log_tells_loss_and_accuracy_of_every_exit(pictures, tmp_path):
+def test_the_log_has_loss_and_accuracy_of_every_exit(pictures, tmp_path):
     finished = run(pictures, tmp_path)
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("Exits 0 to 2:")][:1]
     loss, accuracy = line.partition("Loss:")[2].split("Acc@1:")
@@ -189,7 +189,7 @@ def test_timms_own_validation_runs_with_the_plugin(pictures, tmp_path):
     assert '"top1"' in shown.stdout
 
 
-def test_the_model_of_a_run_is_the_one_its_arguments_say(pictures, tmp_path):
-    trained = train(pictures, tmp_path, *model_kwargs(beta=None))
-    model = timm.create_model("dfs_msdnet_cifar100", num_classes=3, beta=None, **NETWORK)
+def test_the_model_of_a_run_has_the_given_arguments(pictures, tmp_path):
+    trained = train(pictures, tmp_path, *model_kwargs(beta="joint"))
+    model = timm.create_model("dfs_msdnet_cifar100", num_classes=3, beta="joint", **NETWORK)
     model.load_state_dict(trained["state_dict"])

@@ -1,4 +1,4 @@
-"""A backbone of timm's keeps its answers when it gets exits, and the exits keep the contract."""
+"""A timm backbone has the same logits with exits as without, and its exits behave like those of native networks."""
 
 import copy
 import io
@@ -134,7 +134,7 @@ def test_without_classes_every_exit_gives_features(layout):
 
 
 @pytest.mark.parametrize("kind", ["auto", "linear", "conv"])
-def test_every_kind_of_head_answers(kind):
+def test_every_kind_of_head_gives_logits(kind):
     model = wrapped(head=kind).train()
     assert [answer.shape for answer in model(x())] == [(4, CLASSES)] * 3
 
@@ -169,7 +169,7 @@ def channel_gradients(model, layout):
 
 
 @pytest.mark.parametrize("referencing", ["two_sided", "one_sided", "off"])
-def test_losses_reach_the_channels_of_an_exit_feature_as_the_design_says(layout, referencing):
+def test_losses_train_the_channels_of_an_exit_feature_as_the_partition_says(layout, referencing):
     model = wrapped(layout, beta=0.25, referencing=referencing).train()
     for (k, of), gradient in channel_gradients(model, layout).items():
         shared = model.partitions[k].shared
@@ -184,7 +184,7 @@ def test_losses_reach_the_channels_of_an_exit_feature_as_the_design_says(layout,
 
 
 @pytest.mark.parametrize("beta", [None, 0, 1])
-def test_at_the_ends_of_beta_a_feature_belongs_to_everybody_or_one_side(layout, beta):
+def test_beta_0_trains_a_feature_by_its_exit_beta_1_by_deeper_exits_and_joint_by_both(layout, beta):
     found = channel_gradients(wrapped(layout, beta=beta).train(), layout)
     for k in range(2):
         assert bool(found[k, k].any()) == (beta in (None, 0))
@@ -213,7 +213,7 @@ def test_a_referencing_that_does_not_exist_is_refused():
 
 
 def middling(model, batch):
-    """Thresholds at which some samples leave at each exit."""
+    """Thresholds at which some samples take each exit."""
     answers = torch.stack(model.forward_exits(batch)).softmax(-1).amax(-1)
     first = answers[0].sort().values[3:5].mean()
     second = answers[1][answers[0] < first].sort().values[1:3].mean()
@@ -221,7 +221,7 @@ def middling(model, batch):
 
 
 @torch.no_grad()
-def test_a_batch_is_answered_as_its_samples_are(layout, plain):
+def test_a_batch_is_predicted_as_its_samples_are(layout, plain):
     model, batch = plain[layout], x(8)
     policy = middling(model, batch)
     together = predict(model, batch, policy)
@@ -233,7 +233,7 @@ def test_a_batch_is_answered_as_its_samples_are(layout, plain):
 
 
 @torch.no_grad()
-def test_a_sample_gets_the_logits_of_the_exit_it_left_at(layout, plain):
+def test_a_sample_gets_the_logits_of_its_exit(layout, plain):
     model, batch = plain[layout], x(8)
     answers = torch.stack(model.forward_exits(batch))
     prediction = predict(model, batch, middling(model, batch))
@@ -241,7 +241,7 @@ def test_a_sample_gets_the_logits_of_the_exit_it_left_at(layout, plain):
     assert torch.allclose(prediction.logits, expected, atol=1e-4)
 
 
-def test_the_batch_gets_smaller_with_every_exit_that_answers(layout, plain):
+def test_the_batch_shrinks_at_every_exit_that_samples_take(layout, plain):
     model, batch = plain[layout], x(8)
     assert model.shrinks
     prediction = predict(model, batch, policy := middling(model, batch))
@@ -252,7 +252,7 @@ def test_the_batch_gets_smaller_with_every_exit_that_answers(layout, plain):
 
 @pytest.fixture
 def stubborn():
-    """A network that takes another batch size for other channels."""
+    """A network that reshapes its feature in a way that depends on the batch size."""
     inner = backbone().eval()
     forward = inner.forward_features
     inner.forward_features = lambda x: forward(x).reshape(len(x), -1, x.shape[2] // 32, x.shape[3] // 32)
@@ -260,7 +260,7 @@ def stubborn():
 
 
 @torch.no_grad()
-def test_where_the_batch_cannot_get_smaller_samples_that_left_are_computed_on(stubborn):
+def test_where_the_batch_cannot_shrink_exited_samples_are_still_computed(stubborn):
     batch = x(8)
     assert not stubborn.shrinks
     prediction = predict(stubborn, batch, middling(stubborn, batch))
@@ -269,7 +269,7 @@ def test_where_the_batch_cannot_get_smaller_samples_that_left_are_computed_on(st
     assert torch.allclose(prediction.logits, answers[prediction.exit_index, torch.arange(8)], atol=1e-4)
 
 
-def test_what_is_deeper_than_the_last_leaver_is_not_computed(layout, plain):
+def test_layers_beyond_the_deepest_exit_taken_are_not_computed(layout, plain):
     model, calls = plain[layout], []
     deepest = model.backbone.get_submodule(model.exit_points[1].removeprefix("backbone."))
     handle = deepest.register_forward_hook(lambda *_: calls.append(1))
@@ -291,11 +291,11 @@ def test_two_threads_share_one_model(layout, plain):
         assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
 
 
-def test_after_a_walk_that_fails_the_backbone_answers_as_ever(plain):
+def test_after_a_walk_that_fails_the_model_works_as_before(plain):
     model = plain["NCHW"]
     with pytest.raises(ZeroDivisionError):
         model.walk(x(), lambda *_: 1 / 0)
-    assert model.visit.current is None
+    assert model.forward_state.at_exit is None
     assert torch.equal(model(x()), model.forward_exits(x())[-1])
 
 
@@ -345,12 +345,17 @@ def test_a_scripted_backbone_is_refused():
         MultiExit(torch.jit.trace(backbone(), x()))
 
 
+def test_a_compiled_backbone_is_refused():
+    with pytest.raises(ValueError, match=r"before torch\.compile, then compile the MultiExit"):
+        MultiExit(torch.compile(backbone()))
+
+
 def test_a_feature_extractor_is_refused():
     with pytest.raises(ValueError, match="timm"):
         MultiExit(timm.create_model("test_resnet", features_only=True))
 
 
-def test_something_else_is_refused():
+def test_values_that_are_not_modules_are_refused():
     for value in (None, "resnet18", torch.ones(1)):
         with pytest.raises(ValueError, match="timm"):
             MultiExit(value)
@@ -363,7 +368,7 @@ def test_a_head_that_does_not_exist_is_refused_with_those_that_do(value):
 
 
 def test_a_convolutional_head_for_tokens_is_refused():
-    with pytest.raises(ValueError, match="puts out tokens"):
+    with pytest.raises(ValueError, match="returns tokens"):
         wrapped("NLC", head="conv")
 
 
@@ -421,6 +426,51 @@ def test_negative_classes_are_refused_and_change_nothing():
     with pytest.raises(ValueError, match="num_classes is -2"):
         model.reset_classifier(-2)
     assert torch.equal(model(x()), answer)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NLC"])
+def test_another_input_size_is_that_of_the_backbone(layout):
+    model, inner = wrapped(layout).eval(), backbone(layout).eval()
+    inner.load_state_dict(model.backbone.state_dict())
+    for network in (model, inner):
+        network.set_input_size(img_size=96)
+    assert model.pretrained_cfg["input_size"] == (3, 96, 96)
+    assert torch.equal(model(images(size=96)), inner(images(size=96)))
+    assert len(model.forward_exits(images(size=96))) == 3
+
+
+def test_a_backbone_of_no_fixed_input_size_says_so():
+    with pytest.raises(ValueError, match="ResNet has no set_input_size; give images of another size as they are"):
+        wrapped().set_input_size(96)
+
+
+def test_torchvisions_feature_extractor_needs_partitions_as_leaves(plain):
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = copy.deepcopy(plain["NCHW"])
+    with pytest.raises(ValueError, match=r"leaf_modules=\[timm_dfs\.Partition\]"):
+        feature_extraction.create_feature_extractor(model, ["backbone.layer1"], suppress_diff_warning=True)
+    extractor = feature_extraction.create_feature_extractor(
+        model,
+        ["backbone.layer1"],
+        tracer_kwargs=dict(leaf_modules=[timm_dfs.Partition]),
+        suppress_diff_warning=True,
+    ).eval()
+    (feature,) = model.forward_intermediates(x(), indices=[1], intermediates_only=True)
+    assert torch.equal(extractor(x())["backbone.layer1"], feature)
+
+
+def test_naflex_patches_are_refused_where_exits_are_computed():
+    inner = timm.create_model("naflexvit_base_patch16_gap", depth=4, embed_dim=32, num_heads=2, num_classes=CLASSES)
+    model = MultiExit(inner, 3).eval()
+    patches = dict(
+        patches=torch.randn(2, 6, 768),
+        patch_coord=torch.cartesian_prod(torch.arange(2), torch.arange(3)).expand(2, 6, 2),
+        patch_valid=torch.ones(2, 6, dtype=torch.bool),
+    )
+    assert torch.equal(model(patches), inner(patches))  # the backbone alone
+    for compute in (model.forward_exits, model.train(), lambda x: predict(model, x, ExitPolicy([0, 0, 0]))):
+        with pytest.raises(ValueError, match="x is a dict"):
+            compute(patches)
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC"])
@@ -504,16 +554,16 @@ def test_what_the_backbone_wants_without_weight_decay_gets_none():
 # Copies.
 
 
-def assert_same_answers(ours, theirs):
+def assert_same_logits(ours, theirs):
     for mine, its in zip(ours.forward_exits(x()), theirs.forward_exits(x()), strict=True):
         assert torch.equal(mine, its)
 
 
-def test_a_deep_copy_answers_alike_and_its_taps_are_its_own(layout, plain):
+def test_a_deep_copy_gives_the_same_logits_and_has_its_own_taps(layout, plain):
     model = plain[layout]
     other = copy.deepcopy(model)
-    assert_same_answers(other, model)
-    assert other.visit is not model.visit
+    assert_same_logits(other, model)
+    assert other.forward_state is not model.forward_state
     before = model.forward_exits(x())
     for parameter in other.heads.parameters():
         nn.init.zeros_(parameter)
@@ -531,18 +581,18 @@ def test_a_deep_copy_checkpoints_with_its_own_heads():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_pickled_model_answers_alike(layout, plain):
+def test_a_pickled_model_gives_the_same_logits(layout, plain):
     model = plain[layout]
-    assert_same_answers(pickle.loads(pickle.dumps(model)), model)
+    assert_same_logits(pickle.loads(pickle.dumps(model)), model)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    assert_same_answers(torch.load(file, weights_only=False), model)
+    assert_same_logits(torch.load(file, weights_only=False), model)
 
 
-def test_a_state_dict_makes_another_model_answer_alike(layout, plain):
+def test_a_state_dict_gives_another_model_the_same_logits(layout, plain):
     model = plain[layout]
-    assert_same_answers(same_weights(model, wrapped(layout)), model)
+    assert_same_logits(same_weights(model, wrapped(layout)), model)
     assert all(key.startswith(("backbone.", "heads.")) for key in model.state_dict())
 
 
@@ -568,12 +618,12 @@ def test_a_compiled_model_trains_alike_and_is_compiled_once(layout):
     assert counter.frame_count == 1
 
 
-def test_compiling_leaves_nobody_on_the_way_and_eager_works_afterwards(plain):
+def test_after_compiling_eager_mode_works(plain):
     torch._dynamo.reset()
     model = copy.deepcopy(plain["NCHW"])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x()), plain["NCHW"](x()), atol=1e-5)
-    assert_same_answers(model, plain["NCHW"])
+    assert_same_logits(model, plain["NCHW"])
 
 
 def test_a_compiled_model_predicts(plain):
@@ -600,7 +650,7 @@ def test_all_exits_can_be_exported(layout, plain):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_channels_last_images_get_the_same_answers(plain):
+def test_channels_last_images_get_the_same_logits(plain):
     model = copy.deepcopy(plain["NCHW"]).to(memory_format=torch.channels_last)
     for ours, theirs in zip(
         model.forward_exits(x().to(memory_format=torch.channels_last)), plain["NCHW"].forward_exits(x()), strict=True
@@ -618,7 +668,7 @@ def test_autocast_trains_every_parameter(layout):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.heads.parameters())
 
 
-def test_inference_mode_gives_the_same_answers(layout, plain):
+def test_inference_mode_gives_the_same_logits(layout, plain):
     with torch.inference_mode():
         answers = plain[layout].forward_exits(x())
     for ours, theirs in zip(answers, plain[layout].forward_exits(x()), strict=True):

@@ -1,4 +1,4 @@
-"""A tap replaces a module's output for whoever is on the way, and for nobody else."""
+"""A tap replaces a module's output during a forward pass of its model in its thread, and never otherwise."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_dfs.wrapped.taps import Tap, Visit, is_tapped, last_called
+from timm_dfs.wrapped.taps import ForwardState, Tap, is_tapped, last_called
 
 
 def keep(exit_index, feature):
@@ -21,7 +21,7 @@ def double(exit_index, feature):
 
 
 class Several(nn.Module):
-    """Puts out a container of tensors and something that is none."""
+    """Returns a container of two tensors and None."""
 
     def __init__(self, container):
         super().__init__()
@@ -32,49 +32,49 @@ class Several(nn.Module):
 
 
 @pytest.fixture
-def visit():
-    return Visit(keep)
+def state():
+    return ForwardState(keep)
 
 
-def tapped(visit, module=None, element=0):
+def tapped(state, module=None, element=0):
     module = module or nn.Identity()
-    module.register_forward_hook(Tap(0, visit, element))
+    module.register_forward_hook(Tap(0, state, element))
     return module
 
 
 ONES = torch.ones(3, 2)
 
 
-def test_without_a_visit_a_module_puts_out_its_own(visit):
-    assert tapped(visit)(ONES) is ONES
+def test_outside_a_forward_pass_a_module_returns_its_own_output(state):
+    assert tapped(state)(ONES) is ONES
 
 
-def test_what_arrival_returns_goes_on(visit):
-    module = tapped(visit)
-    with visit.by(double):
+def test_the_output_is_replaced_by_what_the_handler_returns(state):
+    module = tapped(state)
+    with state.running(double):
         assert torch.equal(module(ONES), 2 * ONES)
     assert module(ONES) is ONES
 
 
-def test_a_visit_that_fails_is_over(visit):
-    with pytest.raises(ZeroDivisionError), visit.by(double):
+def test_a_forward_pass_that_fails_leaves_no_handler(state):
+    with pytest.raises(ZeroDivisionError), state.running(double):
         1 / 0  # noqa: B018
-    assert visit.current is None
+    assert state.at_exit is None
 
 
-def test_a_visit_within_a_visit_comes_back(visit):
-    with visit.by(double):
-        with visit.by(keep):
-            assert visit.current is keep
-        assert visit.current is double
+def test_after_a_nested_forward_pass_the_outer_handler_is_back(state):
+    with state.running(double):
+        with state.running(keep):
+            assert state.at_exit is keep
+        assert state.at_exit is double
 
 
 @pytest.mark.parametrize("container", [list, tuple])
 @pytest.mark.parametrize("element", [0, 1, -2])
-def test_of_several_outputs_one_is_replaced_and_all_tensors_shrink(visit, container, element):
-    module = tapped(visit, Several(container), element)
+def test_of_several_outputs_one_is_replaced_and_all_tensors_shrink(state, container, element):
+    module = tapped(state, Several(container), element)
     rows = torch.tensor([2, 0])
-    with visit.by(lambda _, feature: (5 * feature[rows], rows)):
+    with state.running(lambda _, feature: (5 * feature[rows], rows)):
         output = module(ONES)
     assert type(output) is container and output[2] is None
     expected = [ONES[rows], ONES[rows] + 1]
@@ -82,29 +82,29 @@ def test_of_several_outputs_one_is_replaced_and_all_tensors_shrink(visit, contai
     assert all(torch.equal(mine, its) for mine, its in zip(output[:2], expected, strict=True))
 
 
-def test_threads_do_not_see_each_other(visit):
+def test_threads_have_their_own_handlers(state):
     seen = []
-    with visit.by(double):
-        thread = threading.Thread(target=lambda: seen.append(visit.current))
+    with state.running(double):
+        thread = threading.Thread(target=lambda: seen.append(state.at_exit))
         thread.start()
         thread.join()
     assert seen == [None]
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_copy_has_a_visit_of_its_own_with_nobody_on_the_way(visit, again):
-    module = tapped(visit)
-    with visit.by(double):
+def test_a_copy_has_a_state_of_its_own_without_a_handler(state, again):
+    module = tapped(state)
+    with state.running(double):
         other = again(module)
         assert torch.equal(other(ONES), ONES)
     (tap,) = other._forward_hooks.values()
-    assert tap.visit is not visit
+    assert tap.state is not state
 
 
-def test_two_taps_of_a_copy_share_one_visit(visit):
-    other = copy.deepcopy(nn.Sequential(tapped(visit), tapped(visit)))
-    first, second = (next(iter(module._forward_hooks.values())).visit for module in other)
-    assert first is second is not visit
+def test_two_taps_of_a_copy_share_one_state(state):
+    other = copy.deepcopy(nn.Sequential(tapped(state), tapped(state)))
+    first, second = (next(iter(module._forward_hooks.values())).state for module in other)
+    assert first is second is not state
 
 
 def test_what_is_recomputed_in_the_backward_pass_is_replayed():
@@ -114,10 +114,10 @@ def test_what_is_recomputed_in_the_backward_pass_is_replayed():
         calls.append(exit_index)
         return 3 * feature, None
 
-    visit = Visit(replay)
-    module = nn.Sequential(tapped(visit), nn.Tanh())
+    state = ForwardState(replay)
+    module = nn.Sequential(tapped(state), nn.Tanh())
     x = torch.ones(2, requires_grad=True)
-    with visit.by(lambda _, feature: (3 * feature, None)):
+    with state.running(lambda _, feature: (3 * feature, None)):
         y = checkpoint(module, x, use_reentrant=False)
     assert not calls
     y.sum().backward()
@@ -139,6 +139,6 @@ def test_of_a_sequence_the_last_layer_is_tapped():
     assert last_called(skipping) is skipping
 
 
-def test_a_tapped_module_is_known(visit):
-    assert is_tapped(nn.Sequential(nn.ReLU(), tapped(visit)))
+def test_a_tapped_module_is_known(state):
+    assert is_tapped(nn.Sequential(nn.ReLU(), tapped(state)))
     assert not is_tapped(nn.Sequential(nn.ReLU()))

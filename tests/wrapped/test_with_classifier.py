@@ -43,7 +43,7 @@ def test_the_classifier_reads_the_average_of_the_encoders_features(name):
 
 
 @torch.no_grad()
-def test_an_encoders_twin_has_the_classes_that_are_wanted(name):
+def test_an_encoders_twin_has_the_requested_classes(name):
     model = timm.create_model(f"dfs_{name}", num_classes=5, exits=3, **settings()).eval()
     assert [answer.shape for answer in model.forward_exits(x())] == [(3, 5)] * 3
     assert torch.equal(model(x()), model.forward_exits(x())[-1])
@@ -54,7 +54,7 @@ def test_an_encoders_twin_has_the_classes_that_are_wanted(name):
 
 
 @torch.no_grad()
-def test_an_encoders_batch_is_answered_as_its_samples_are(name):
+def test_an_encoders_batch_is_predicted_as_its_samples_are(name):
     torch.manual_seed(0)
     model = timm.create_model(f"dfs_{name}", num_classes=5, exits=3, **settings()).eval()
     first = model.forward_exits(x(6))[0].softmax(-1).amax(-1)
@@ -76,9 +76,9 @@ def test_an_encoder_trains_with_layer_decay(name):
     optimizer.step()
 
 
-def test_an_encoder_without_groups_says_so():
-    model = timm.create_model("dfs_mobilenetv5_300m_enc", device="meta")
-    with pytest.raises(ValueError, match="no groups of layers of MobileNetV5Encoder"):
+def test_an_encoder_without_layer_groups_is_refused_with_the_remedy():
+    model = WithClassifier(timm.create_model("mobilenetv5_300m_enc", device="meta"))
+    with pytest.raises(ValueError, match="no layer groups for MobileNetV5Encoder"):
         model.group_matcher()
 
 
@@ -90,7 +90,6 @@ def test_another_pooling_is_refused(name):
 
 @pytest.mark.parametrize("architecture", ["test_vit", "resnet18", "swin_tiny_patch4_window7_224", "coat_tiny"])
 def test_layers_are_grouped_as_the_backbones_are(architecture):
-
     plain = timm.create_model(architecture, device="meta")
     model = MultiExit(plain, 3)
     whole = group_parameters(model, model.group_matcher(), reverse=True)

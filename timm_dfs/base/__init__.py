@@ -1,1 +1,1 @@
-"""The network with exits: its walk, partitions, heads and objective."""
+"""The base of networks with exits: model, partition, heads, objective, evaluation."""

@@ -1,4 +1,4 @@
-"""Gradient equilibrium: every exit counts the same at each exit point (GE; arXiv 1908.06294, section 3.2)."""
+"""Gradient equilibrium: equal weight for every exit's gradient at each exit point (GE; arXiv 1908.06294, sec. 3.2)."""
 
 import torch
 
@@ -9,10 +9,13 @@ def balance(onward: Onward, exit_feature: torch.Tensor, exits_left: int) -> tupl
     """Scale the gradients that meet at an exit point; values pass unchanged.
 
     Args:
-        onward: The feature for the deeper layers.
-        exit_feature: The same for the exit's head.
-        exits_left: How many exits from this one to the last: n. The head's gradient is scaled by 1 / n, and that of
-            the deeper layers, which has been scaled to one exit's measure already, by (n - 1) / n.
+        onward: Feature for the deeper layers.
+        exit_feature: Feature for the exit's head.
+        exits_left: Number n of exits from this one to the last, both included. The head's gradient is scaled by 1 / n.
+            The gradient of the deeper layers, already an average over their n - 1 exits, is scaled by (n - 1) / n.
+
+    Returns:
+        ``onward`` and ``exit_feature`` with scaled gradients.
     """
     share = (exits_left - 1) / exits_left
     if isinstance(onward, PartlyTrained):

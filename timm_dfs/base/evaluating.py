@@ -1,7 +1,9 @@
-"""Evaluating: eval mode for a while, forward passes without data, and checks of what comes in."""
+"""Evaluation of a model: eval mode for a limited time, checks of inputs, and forward passes on shapes alone."""
 
 import logging
 import threading
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -11,81 +13,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .model import MultiExitModel
 
-BATCH = 7  # of what is tried without data; prime, so that no other axis is taken for it
+BATCH = 7
+"""Batch size of forward passes without data: a prime, so that no other axis has the same size."""
 
-
-@contextmanager
-def without_data(backbone: nn.Module, input_size: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Evaluate on a batch of images that has a shape only; nothing is computed, and what modules note is undone."""
-    parameter = next(backbone.parameters())
-    before = [(module.__dict__, module.__dict__.copy(), _copies(module)) for module in backbone.modules()]
-    backbone.eval()
-    _LOG.addFilter(_never)  # what does not fit is told by an error, and logged on the way
-    try:
-        # Parameters on the meta device are without data as they are, and much faster so.
-        shapes_only = nullcontext() if parameter.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
-        with shapes_only, torch.no_grad():
-            yield torch.empty(BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
-    finally:
-        _LOG.removeFilter(_never)
-        for attributes, values, tables in before:
-            attributes.clear()
-            attributes.update(values)
-            for table, entries in tables:
-                table.clear()
-                table.update(entries)
-
-
-def _copies(module: nn.Module) -> list[tuple[dict, dict]]:
-    """A module's buffers and other tables, where some keep what they computed for the last size, and their entries."""
-    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, dict)]
-
-
-_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-
-
-def _never(record: logging.LogRecord) -> bool:
-    return False
-
-
-def require_exits(model: nn.Module) -> None:
-    """Raise ``ValueError`` unless ``model`` has exits."""
-    if not hasattr(model, "forward_exits"):  # a compiled one has, though of another class
-        raise ValueError(f"{type(model).__name__} has no exits; create one of the models that 'timm-dfs list' names.")
-
-
-def as_images(model: MultiExitModel, x: torch.Tensor) -> torch.Tensor:
-    """``x`` on the model's device and in its type.
-
-    Raises:
-        ValueError: Unless ``x`` is a floating-point batch (B, in_chans, H, W).
-    """
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"x is a {type(x).__name__}; give a tensor (B, {model.in_chans}, H, W).")
-    if x.ndim != 4 or x.shape[1] != model.in_chans or 0 in x.shape[2:]:
-        raise ValueError(f"x has shape {tuple(x.shape)}; give a batch of images (B, {model.in_chans}, H, W).")
-    if not x.is_floating_point():
-        raise ValueError(f"x holds {x.dtype}; give images normalised as the model's pretrained_cfg says.")
-    return x.to(next(model.parameters()))
-
+MOST_RESIZED = 3
+"""Largest factor, without a warning, between the size of images and the size that the model was built for. Evaluation
+at a somewhat larger size than in training is common (FixRes, arXiv 1906.06423)."""
 
 _MODES = threading.RLock()
 
+_FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
-def _in_training(model: nn.Module) -> list[nn.Module]:
-    """The modules that are in training mode; ``modules()`` takes as long as an early exit of one image."""
-    every: list[nn.Module] = [model]
-    for module in every:
-        every.extend(part for part in module._modules.values() if part is not None)
-    return [module for module in every if module.training]
+_warned_of_size: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode for the duration; every module gets its own mode back.
+    """Put ``model`` in eval mode for the duration; afterwards every module is in the mode it was in.
 
-    A model that is in eval mode already is not touched, and threads may share it. With one in training mode, threads
-    take turns.
+    A model that is in eval mode already is left untouched, so threads may share it. A model in training mode is used by
+    one thread at a time.
     """
     with _MODES:
         training = _in_training(model)
@@ -99,3 +46,91 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = True
             return
     yield
+
+
+def _in_training(model: nn.Module) -> list[nn.Module]:
+    """The modules in training mode. ``model.modules()`` would take as long as an early exit of one image."""
+    every: list[nn.Module] = [model]
+    for module in every:
+        every.extend(part for part in module._modules.values() if part is not None)
+    return [module for module in every if module.training]
+
+
+def require_exits(model: nn.Module) -> None:
+    """Raise ``ValueError`` unless ``model`` has exits; of a wrapper such as DataParallel, name the model inside."""
+    if hasattr(model, "forward_exits"):  # not isinstance: a compiled model is of another class
+        return
+    kind = type(model).__name__
+    if hasattr(getattr(model, "module", None), "forward_exits"):
+        raise ValueError(f"{kind} only wraps a model with exits; give its .module.")
+    raise ValueError(f"{kind} has no exits; create one of the models that 'timm-dfs list' names.")
+
+
+def as_images(model: MultiExitModel, x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` on the model's device and in its data type.
+
+    Warns once for each model if images are much larger or smaller than those it was built for.
+
+    Raises:
+        ValueError: Unless ``x`` is a floating-point batch (B, in_chans, H, W).
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x is a {type(x).__name__}; give a tensor (B, {model.in_chans}, H, W).")
+    if x.ndim != 4 or x.shape[1] != model.in_chans or 0 in x.shape[2:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; give a batch of images (B, {model.in_chans}, H, W).")
+    if not x.is_floating_point():
+        raise ValueError(f"x has data type {x.dtype}; give images normalised as the model's pretrained_cfg says.")
+    _check_size(model, x.shape[2:])
+    return x.to(next(model.parameters()))
+
+
+def _check_size(model: MultiExitModel, size: Sequence[int]) -> None:
+    """Warn, once for each model, if images of this (height, width) are of an unlikely size for it."""
+    built_for = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, *size))[1:]
+    if all(native <= MOST_RESIZED * side and side <= MOST_RESIZED * native for side, native in zip(size, built_for)):
+        return
+    if model not in _warned_of_size:
+        _warned_of_size.add(model)
+        warnings.warn(
+            f"Images are {size[0]} x {size[1]} pixels, but this model was built for {built_for[0]} x {built_for[1]}; "
+            "resize them, unless it was trained at their size.",
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def without_data(model: nn.Module, input_size: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yield a batch of :data:`BATCH` images without data, for forward passes that compute shapes only.
+
+    The model is in eval mode meanwhile. Afterwards its modules have the attributes, buffers and mode they had before.
+
+    Args:
+        model: A model, on any device.
+        input_size: (channels, height, width) of an image.
+    """
+    parameter = next(model.parameters())
+    before = [(module.__dict__, module.__dict__.copy(), _tables(module)) for module in model.modules()]
+    model.eval()
+    _FAKE_TENSOR_LOG.addFilter(_drop)  # shapes that do not fit raise an error and are logged as well
+    try:
+        # Parameters on the meta device have no data and need no fake tensors, which are much slower.
+        shapes_only = nullcontext() if parameter.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
+        with shapes_only, torch.no_grad():
+            yield torch.empty(BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
+    finally:
+        _FAKE_TENSOR_LOG.removeFilter(_drop)
+        for attributes, values, tables in before:
+            attributes.clear()
+            attributes.update(values)
+            for table, entries in tables:
+                table.clear()
+                table.update(entries)
+
+
+def _tables(module: nn.Module) -> list[tuple[dict, dict]]:
+    """A module's dicts (buffers, and caches of what it computed for the last image size), each with its contents."""
+    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, dict)]
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False

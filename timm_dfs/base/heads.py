@@ -1,4 +1,4 @@
-"""The classifier of one exit: an optional body that condenses the feature, then pool, dropout, linear."""
+"""Head of one exit: optional layers that process the feature, then pooling, dropout and a linear classifier."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,9 +15,10 @@ def check_num_classes(num_classes: int) -> None:
 
 
 class Classifiers(tuple[nn.Module, ...]):
-    """The classifiers of all exits, with ``weight`` and ``bias`` for what sets one classifier's.
+    """The classifiers of all exits, with a ``weight`` and a ``bias`` whose in-place operations apply to all of them.
 
-    ``train.py``'s ``--head-init-scale`` and ``--head-init-bias`` call ``weight.mul_`` and ``nn.init.constant_(bias)``.
+    timm's ``train.py`` treats the classifier as one layer: ``--head-init-scale`` calls ``weight.mul_``,
+    ``--head-init-bias`` calls ``nn.init.constant_(bias)``.
     """
 
     @property
@@ -30,7 +31,7 @@ class Classifiers(tuple[nn.Module, ...]):
 
 
 class _InPlace:
-    """Several tensors' in-place operations as one's."""
+    """In-place operations that apply to several tensors."""
 
     def __init__(self, name: str, tensors: Iterable[torch.Tensor | None]):
         self._name = name
@@ -38,10 +39,12 @@ class _InPlace:
 
     def __getattr__(self, operation: str) -> Callable:
         if not operation.endswith("_") or operation.endswith("__"):
-            raise AttributeError(f"There is one {self._name} for each exit; take one of them for its {operation!r}.")
+            raise AttributeError(
+                f"There is one {self._name} for each exit; select an exit's to read its {operation!r}."
+            )
 
         def on_all(*args: Any, **kwargs: Any) -> "_InPlace":
-            if not self._tensors and operation != "mul_":  # what is not there is scaled in vain, but set to nothing
+            if not self._tensors and operation != "mul_":  # scaling an absent tensor is harmless, setting it is not
                 raise ValueError(f"This network's classifiers have no {self._name} to set.")
             for tensor in self._tensors:
                 getattr(tensor, operation)(*args, **kwargs)
@@ -51,15 +54,17 @@ class _InPlace:
 
 
 class ExitHead(nn.Module):
-    """Answers at one exit.
+    """Head of one exit: body, pooling, dropout, linear classifier.
 
     Args:
-        in_features: Channels C that ``body`` puts out (the feature's own channels without a body).
-        num_classes: Classes; 0 removes the classifier, the head then puts out pooled features.
+        in_features: Number C of output channels of ``body`` (of the feature, without a body).
+        num_classes: Classes; 0 removes the classifier, and the head returns pooled features.
         body: Layers between the exit's feature and the pooling, NCHW to NCHW.
         pool_type: One of timm's global pooling types; ``""`` keeps the map (only with ``num_classes=0``).
-        drop_rate: Dropout before the classifier.
+        drop_rate: Dropout rate before the classifier.
         bias: Whether the classifier has a bias.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -87,7 +92,7 @@ class ExitHead(nn.Module):
 
     @property
     def averages(self) -> bool:
-        """Whether all that the classifier reads is the average of each of the feature's maps."""
+        """Whether the classifier reads only the average of each of the feature's channels."""
         return isinstance(self.body, nn.Identity) and self.pool.pool_type == "avg"
 
     def reset(
@@ -97,7 +102,13 @@ class ExitHead(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Put in a fresh classifier for ``num_classes`` (0: none) and, if given, another pooling.
+        """Replace the classifier by a new one for ``num_classes`` (0: none) and, if given, the pooling.
+
+        Args:
+            num_classes: Classes; 0 for pooled features.
+            pool_type: One of timm's global pooling types; ``None`` keeps the pooling.
+            device: Device of the classifier's parameters.
+            dtype: Data type of the classifier's parameters.
 
         Raises:
             ValueError: If ``num_classes`` is negative.
@@ -116,18 +127,22 @@ class ExitHead(nn.Module):
         self.fc.train(self.training)
 
     def pool_and_classify(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """From the body's output (B, C, H, W) to logits (B, num_classes), or to (B, num_features) before them.
+        """Logits (B, num_classes) from the body's output.
+
+        Args:
+            x: Output of the body (B, C, H, W).
+            pre_logits: Return the pooled feature (B, num_features) that the classifier reads.
 
         Raises:
             ValueError: If there is a classifier but no pooling.
         """
         if self.pool.is_identity() and isinstance(self.fc, nn.Linear):
             raise ValueError(
-                "The classifier needs pooled features; give a global_pool, or num_classes=0 to go without."
+                "The classifier needs pooled features; give a global_pool, or num_classes=0 for no classifier."
             )
         x = self.drop(self.pool(x))
         return x if pre_logits else self.fc(x)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        """From the exit's feature (B, C, H, W) to logits (B, num_classes)."""
+        """Logits (B, num_classes) from the exit's feature (B, C, H, W)."""
         return self.pool_and_classify(self.body(feature))

@@ -1,60 +1,91 @@
-"""What every multi-exit network shares: one walk from shallow to deep that asks a visitor at each exit."""
+"""Base class of networks with exits: one walk from shallow to deep that calls a visitor at each exit."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import is_scriptable, use_reentrant_ckpt
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
 
+from .arguments import check_names
 from .equilibrium import balance
 from .heads import Classifiers, ExitHead
 from .objective import SETTINGS, Objective
-from .partition import JOINT, Onward, Partition, PartitionedConv2d, check_beta, check_referencing
+from .partition import Onward, Partition, PartitionedConv2d, check_beta, check_referencing, records_gradients
+from .presets import presets_as_json
 from .rows import take
 
-# What these do depends on the gradient mode, which FX cannot trace.
-register_notrace_module(Partition)
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
+# Leaves for timm's FX feature extraction: they depend on the gradient mode, which FX cannot trace.
+register_notrace_module(Partition)
 register_notrace_module(PartitionedConv2d)
 
 Reader = Callable[[int, torch.Tensor], torch.Tensor]
-"""Called as ``read(exit_index, feature)``; returns logits."""
+"""Called as ``read(exit_index, feature)`` with an exit's feature; returns its logits."""
 
 Visitor = Callable[[int, torch.Tensor], "torch.Tensor | None"]
-"""Called as ``visit(exit_index, logits)`` at an exit. Returns the rows of the batch (int64 indices) that go on:
+"""Called as ``visit(exit_index, logits)`` at an exit. Returns the rows of the batch (int64 indices) that remain active:
 ``None`` for all of them, an empty tensor to stop."""
 
 
 class MultiExitModel(nn.Module):
-    """Base of the networks with exits.
+    """Base class of networks with exits.
 
-    Training, evaluation, early-exit inference and cost counting all run :meth:`walk`; they differ in the
-    visitor they bring. A subclass says how its backbone begins (:meth:`start`) and how it gets from one exit
-    point to the next (:meth:`advance`). What flows between exit points is a list of batch-first tensors whose
-    first is the feature at the exit point; the others are what only deeper layers need.
+    Training, evaluation, early-exit inference and cost counting all run :meth:`walk`, with different visitors. A
+    subclass defines the first layers (:meth:`start`) and the layers from one exit point to the next (:meth:`advance`).
+    The state between exit points is a list of batch-first tensors: the feature at the exit point, then tensors that
+    only deeper layers read.
 
-    A subclass builds its layers, sets ``feature_info`` (one entry per exit) and then calls
-    :meth:`attach_exits`.
+    A subclass builds its layers, sets ``feature_info`` (one entry per exit) and then calls :meth:`attach_exits`.
+
+    Args:
+        num_classes: Classes; 0 for pooled features.
+        in_chans: Image channels.
+        drop_rate: Dropout rate before each classifier.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``, see :class:`timm_dfs.Partition`.
+        presets: Named operating points fitted to the weights.
+
+    Raises:
+        ValueError: If a value is not one of those listed above, or timm's TorchScript mode is on.
+
+    Example:
+        >>> import timm, torch, timm_dfs
+        >>> model = timm.create_model("dfs_vgg7_cifar100")
+        >>> isinstance(model, timm_dfs.MultiExitModel), model.num_exits
+        (True, 6)
+        >>> images = torch.zeros(2, 3, 32, 32)
+        >>> [tuple(logits.shape) for logits in model.forward_exits(images)]
+        [(2, 100), (2, 100), (2, 100), (2, 100), (2, 100), (2, 100)]
+        >>> tuple(model.eval()(images).shape)  # the last exit alone
+        (2, 100)
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Self":
+        check_names(cls.__name__, kwargs, (*inspect.signature(cls.__init__).parameters, *SETTINGS))
+        return super().__new__(cls)
 
     def __init__(
         self,
         num_classes: int,
         in_chans: int,
         drop_rate: float,
-        beta: float | None,
+        beta: float | str | None,
         referencing: str,
         presets: dict[str, dict] | None,
     ):
         super().__init__()
         if is_scriptable():
             raise ValueError(
-                "TorchScript (scriptable=True, train.py's --torchscript) cannot express networks with exits; "
-                "torch.compile (--torchcompile) and torch.export can."
+                "TorchScript (scriptable=True, train.py's --torchscript) does not support networks with exits; use "
+                "torch.compile (--torchcompile) or torch.export."
             )
-        check_beta(beta)
+        self.beta = check_beta(beta)
         check_referencing(referencing)
         if in_chans < 1:
             raise ValueError(f"in_chans is {in_chans}; give at least 1.")
@@ -63,7 +94,6 @@ class MultiExitModel(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.beta = beta
         self.referencing = referencing
         self.presets = dict(presets or {})
         self.grad_checkpointing = False
@@ -73,7 +103,7 @@ class MultiExitModel(nn.Module):
         self.register_load_state_dict_pre_hook(_without_strange_adapters)
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
-        """Give exit k its head and, except for the last, its partition; sizes come from ``feature_info``."""
+        """Set the heads, shallow to deep, and a partition for each early exit, of the sizes in ``feature_info``."""
         self.heads = nn.ModuleList(heads)
         self.partitions = nn.ModuleList(
             Partition(info["num_chs"], self.beta, self.referencing, in_parts=self.takes_parts)
@@ -83,7 +113,7 @@ class MultiExitModel(nn.Module):
         self.head_hidden_size = heads[-1].num_features
 
     def train_for(self, objective: Objective) -> None:
-        """Prepare for training as ``objective`` says: freeze the backbone, make adapters, balance gradients.
+        """Prepare the model for training with ``objective``: freeze the backbone, create adapters, balance gradients.
 
         Raises:
             ValueError: If the objective does not fit the number of exits.
@@ -99,7 +129,7 @@ class MultiExitModel(nn.Module):
         self.train(self.training)
 
     def _fit_adapters(self) -> None:
-        """Make adapters if the objective asks for them; those that fit are kept."""
+        """Create the adapters that the objective needs; existing ones of the right sizes are kept."""
         if self.objective.distill_feature_weight == 0:
             self.adapters = None
             return
@@ -121,10 +151,10 @@ class MultiExitModel(nn.Module):
                     module.eval()
         return self
 
-    # What a subclass provides.
+    # Provided by subclasses.
 
     takes_parts = False
-    """Whether the one layer that reads an onward feature is a :class:`PartitionedConv2d`."""
+    """Whether a :class:`PartitionedConv2d` is the only layer that reads the feature passed on from an exit point."""
 
     feature_info: list[dict]
     head_hidden_size: int
@@ -134,29 +164,30 @@ class MultiExitModel(nn.Module):
     pretrained_cfg: dict
 
     def start(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """From images (B, in_chans, H, W) to the state before the first exit."""
+        """The state before the first exit, from images (B, in_chans, H, W)."""
         raise NotImplementedError
 
     def advance(self, state: list[torch.Tensor], exit_index: int) -> list[torch.Tensor]:
-        """From the state after exit ``exit_index - 1`` to the one at exit ``exit_index``.
+        """The state at exit ``exit_index``, from the state after exit ``exit_index - 1``.
 
-        Computes only what this exit needs; the rest waits until somebody goes deeper.
+        Computes only what this exit reads; layers that only deeper exits read run when a deeper exit is reached.
         """
         raise NotImplementedError
 
     def settle(self, state: list[torch.Tensor], exit_index: int) -> list[torch.Tensor]:
-        """Compute what :meth:`advance` left waiting at ``exit_index``: nothing, for a plain chain of layers."""
+        """The state with all layers up to ``exit_index`` computed, including those that :meth:`advance` postponed."""
         return state
 
     # The walk.
 
     @property
     def pool_type(self) -> str | None:
-        """timm's name of the heads' pooling, if that is an argument."""
+        """The heads' pooling, by timm's name; ``None`` where it is not an argument."""
         return str(self.heads[-1].pool.pool_type)
 
     @property
     def num_exits(self) -> int:
+        """Number of exits, the last included."""
         return len(self.heads)
 
     @property
@@ -175,10 +206,10 @@ class MultiExitModel(nn.Module):
 
         Args:
             x: Images (B, in_chans, H, W).
-            visit: The visitor; the rows it returns go on, none stops the walk.
-            exits: Exits to visit (all by default). No other head is computed, and nothing beyond the deepest;
-                without any, the backbone runs to its end.
-            read: What makes logits of an exit's feature; its head by default.
+            visit: The visitor. The batch continues with the rows it returns; an empty tensor ends the walk.
+            exits: Exits to visit (all by default). No other head and no layer beyond the deepest of them is computed.
+                If empty, the backbone runs to its end.
+            read: Computes an exit's logits from its feature; :meth:`answer` by default.
 
         Returns:
             The state where the walk ended.
@@ -193,7 +224,7 @@ class MultiExitModel(nn.Module):
         for k in range(deepest + 1):
             state = self.advance(state, k)
             onward, feature = self.split(k, state[0]) if k < last else (state[0], state[0])
-            state = [onward, *state[1:]]  # type: ignore[list-item]  # parts only where takes_parts says so
+            state = [onward, *state[1:]]  # type: ignore[list-item]  # PartlyTrained only if takes_parts
             if k in exits:
                 rows = visit(k, read(k, feature))
                 if rows is not None:
@@ -203,14 +234,18 @@ class MultiExitModel(nn.Module):
         return state
 
     def split(self, exit_index: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor]:
-        """What an early exit's feature is for the deeper layers, and for the exit's head."""
+        """Split an early exit's feature: ``(for the deeper layers, for the exit's head)``."""
         onward, exit_feature = self.partitions[exit_index](feature, self.heads[exit_index].averages)
-        if self.objective.gradient_equilibrium and torch.is_grad_enabled():
+        if self.objective.gradient_equilibrium and records_gradients(self):
             onward, exit_feature = balance(onward, exit_feature, self.num_exits - exit_index)
         return onward, exit_feature
 
     def exits_to_visit(self, exits: Collection[int] | None) -> tuple[Collection[int], int]:
-        """The exits that a walk visits, and the deepest exit point it gets to."""
+        """The exits that a walk visits, and the deepest exit point that it reaches.
+
+        Raises:
+            ValueError: If ``exits`` names an exit that the network does not have.
+        """
         last = self.num_exits - 1
         exits = range(self.num_exits) if exits is None else exits
         deepest = max(exits, default=last)
@@ -219,34 +254,42 @@ class MultiExitModel(nn.Module):
         return exits, deepest
 
     def answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
-        """An exit's logits (B, num_classes) from the feature that its partition gives it."""
+        """An exit's logits (B, num_classes) from its partitioned feature."""
         return self.heads[exit_index](feature)
 
     def pool_and_answer(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`answer`, and before it what an exit's classifier reads (B, width)."""
+        """The pooled feature (B, width) that an exit's classifier reads, and the exit's logits (B, num_classes)."""
         head = self.heads[exit_index]
         pooled = head.pool_and_classify(head.body(feature), pre_logits=True)
         return pooled, head.fc(pooled)
 
     def pooled_widths(self) -> list[int]:
-        """Width of what each exit's classifier reads, shallow to deep."""
+        """Width of the pooled feature that each exit's classifier reads, shallow to deep."""
         return [head.num_features for head in self.heads]  # type: ignore[misc]
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained where the backbone is not."""
+        """The parameters that are trained with ``train_backbone=False``."""
         return self.heads.parameters()
 
     def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of all E exits for images (B, in_chans, H, W): E tensors (B, num_classes), shallow to deep."""
         logits: list[torch.Tensor] = []
-        self.walk(x, lambda _, answer: logits.append(answer))
+        self.walk(x, lambda _, exit_logits: logits.append(exit_logits))
         return tuple(logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """All exits' logits in training mode; in eval mode the last exit's alone, no other head computed.
+        """Logits: of all exits in training mode, of the last exit in eval mode.
 
-        In training with feature distillation, the logits are followed by one tensor (E - 1,) more, see
-        :meth:`forward_distances`.
+        A new model is in training mode; call ``model.eval()`` for one tensor of logits. For early exit per sample, use
+        :func:`timm_dfs.predict`; for all exits' logits in either mode, :meth:`forward_exits`.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+
+        Returns:
+            In training mode, a tuple of E tensors (B, num_classes), shallow to deep; with feature distillation, one
+            more tensor (E - 1,), see :meth:`forward_distances`. In eval mode, one tensor (B, num_classes); no early
+            exit's head is computed.
         """
         if not self.training:
             return self.forward_head(self.forward_features(x))
@@ -255,8 +298,12 @@ class MultiExitModel(nn.Module):
     def forward_distances(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """All exits' logits, then each early exit's distance from the last exit's feature (E - 1,).
 
-        It is the L2 distance over the whole batch between pooled features, the early exit's taken to the last one's
-        width by its adapter (BYOT, arXiv 1905.08094, equation 4). No gradient goes into the last exit's.
+        The distance is the L2 distance over the whole batch between pooled features. An adapter maps the early exit's
+        feature to the width of the last one's (BYOT, arXiv 1905.08094, equation 4). No gradient flows to the last
+        exit's feature.
+
+        Raises:
+            ValueError: If the model has no adapters.
         """
         if self.adapters is None:
             raise ValueError("This model has no adapters; create it with distill_feature_weight above 0.")
@@ -264,11 +311,11 @@ class MultiExitModel(nn.Module):
         logits: list[torch.Tensor] = []
 
         def read(exit_index: int, feature: torch.Tensor) -> torch.Tensor:
-            pooled, answer = self.pool_and_answer(exit_index, feature)
+            pooled, exit_logits = self.pool_and_answer(exit_index, feature)
             features.append(pooled)
-            return answer
+            return exit_logits
 
-        self.walk(x, lambda _, answer: logits.append(answer), read=read)
+        self.walk(x, lambda _, exit_logits: logits.append(exit_logits), read=read)
         teacher = features.pop().detach().float()
         distances = [
             torch.linalg.vector_norm(adapter(feature).float() - teacher)
@@ -276,42 +323,42 @@ class MultiExitModel(nn.Module):
         ]
         return *logits, torch.stack(distances)
 
-    # timm's verbs.
+    # timm's model interface.
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last exit's unpooled feature (B, num_features, H', W'), its head's body included."""
+        """The last exit's unpooled feature (B, num_features, H', W'), after the body of its head."""
         state = self.walk(x, lambda *_: None, exits=())
         return self.heads[-1].body(state[0])
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last exit's logits from :meth:`forward_features`."""
+        """The last exit's logits (B, num_classes) from the output of :meth:`forward_features`."""
         return self.heads[-1].pool_and_classify(x, pre_logits=pre_logits)
 
     def get_classifier(self) -> Classifiers:
-        """The classifiers of all exits, shallow to deep: a tuple."""
+        """The classifiers of all exits, a tuple, shallow to deep."""
         return Classifiers(head.get_submodule("fc") for head in self.heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give every exit a fresh classifier; presets, fitted to the old ones, are dropped with a warning."""
+        """Give every exit a new classifier. Presets, which were fitted to the old ones, are dropped with a warning."""
         reference = next(self.parameters())
         for head in self.heads:
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
         self.head_hidden_size = self.pooled_widths()[-1]
         self.num_classes = num_classes
         self._fit_adapters()
-        self.drop_presets(self.presets, "the classifiers they were fitted to are gone")
+        self.drop_presets(self.presets, "the classifiers they were fitted to were replaced")
 
     def drop_presets(self, names: Collection[str], reason: str) -> None:
-        """Drop presets that mean nothing any more, and warn."""
+        """Drop presets that are no longer valid, with a warning that gives the reason."""
         if names:
             warnings.warn(f"Dropped the presets {', '.join(names)}: {reason}.", stacklevel=3)
             self.presets = {name: preset for name, preset in self.presets.items() if name not in names}
 
     @property
     def _model_args(self) -> dict:
-        """What timm writes into ``config.json`` to rebuild this model: the caller's arguments and our settings."""
-        ours = dict(beta=JOINT if self.beta is None else self.beta, referencing=self.referencing)
-        return dict(self._given_args, **ours, **({"presets": self.presets} if self.presets else {}))
+        """Arguments that timm writes into ``config.json`` to rebuild this model: the caller's, beta, referencing."""
+        ours = dict(beta=self.beta, referencing=self.referencing)
+        return dict(self._given_args, **ours, **({"presets": presets_as_json(self.presets)} if self.presets else {}))
 
     @_model_args.setter
     def _model_args(self, args: dict) -> None:
@@ -322,7 +369,7 @@ class MultiExitModel(nn.Module):
         self.grad_checkpointing = enable
 
     def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """Call one of the backbone's modules, checkpointed where :meth:`set_grad_checkpointing` says so."""
+        """Call one of the backbone's modules, with gradient checkpointing where it is enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             refuse_reentrant()
             return checkpoint(module, *inputs)
@@ -330,16 +377,16 @@ class MultiExitModel(nn.Module):
 
 
 def refuse_reentrant() -> None:
-    """Raise ``ValueError`` if timm's gradient checkpointing is set to lose gradients."""
+    """Raise ``ValueError`` if timm is set to reentrant gradient checkpointing, which loses gradients."""
     if use_reentrant_ckpt():
         raise ValueError(
-            "timm is set to reentrant gradient checkpointing, which drops the gradients of what images and frozen "
-            "layers feed; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
+            "timm is set to reentrant gradient checkpointing, which drops the gradients of layers whose inputs need "
+            "none; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
         )
 
 
 def _without_strange_adapters(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:
-    """Adapters serve training only: a model that has none lets go of a checkpoint's."""
+    """Remove adapters, which serve training only, from a state dict for a model that has none."""
     if model.adapters is None:
         for key in [key for key in state_dict if key.startswith(f"{prefix}adapters.")]:
             del state_dict[key]

@@ -1,4 +1,4 @@
-"""What training optimises: the settings that reach a model as ``train.py``'s ``--model-kwargs``."""
+"""Training objective: settings that ``train.py`` passes to a model with ``--model-kwargs``."""
 
 import math
 from collections.abc import Sequence
@@ -7,28 +7,40 @@ from numbers import Real
 from typing import Any
 
 AGGREGATORS = ("PCGrad", "CAGrad", "NashMTL", "MGDA", "AlignedMTL", "UPGrad")
-"""Gradient aggregators, by the names that torchjd gives them."""
+"""Gradient aggregators, by their names in torchjd."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How the exits' losses make one gradient.
+    """Settings that combine the exits' losses, or their gradients, into one gradient.
 
     Attributes:
-        loss_weights: Weight of each exit's loss, shallow to deep; ``None`` for one each (DFS, equation 1).
-        distill_weight: Share of the early exits' losses that is soft cross-entropy against the last exit, which is
-            not trained by it (BYOT; Zhang et al., ICCV 2019, arXiv 1905.08094, equation 3).
+        loss_weights: Weight of each exit's loss, shallow to deep; ``None``: 1 for each (DFS, equation 1).
+        distill_weight: Share in [0, 1] of an early exit's loss that is the soft cross-entropy with the last exit as
+            teacher; no gradient flows to the teacher (BYOT; Zhang et al., ICCV 2019, arXiv 1905.08094, equation 3).
         distill_temperature: Temperature of both sides of that soft cross-entropy. The loss is not multiplied by its
             square, as in the official DFS code.
-        distill_feature_weight: Weight of the L2 distance, over the whole batch, between the last exit's pooled
-            feature and each early exit's, which a linear adapter takes to its width (BYOT, equation 4).
-        gradient_equilibrium: At each exit point, scale what its head and what the deeper layers send back so that
-            every exit counts the same there (GE; Li et al., ICCV 2019, arXiv 1908.06294, section 3.2).
-        train_backbone: ``False`` freezes parameters and normalisation statistics of the backbone: heads only.
+        distill_feature_weight: Weight of the L2 distance, over the whole batch, between each early exit's pooled
+            feature and the last exit's. A linear adapter maps the early feature to the last one's width (BYOT,
+            equation 4).
+        gradient_equilibrium: Scale the gradients of an exit's head and of the deeper layers at each exit point, so that
+            every exit has the same weight there (GE; Li et al., ICCV 2019, arXiv 1908.06294, section 3.2).
+        train_backbone: ``False`` freezes the backbone's parameters and normalisation statistics; only heads train.
         aggregator: One of :data:`AGGREGATORS`, or ``None`` for the sum of the exits' gradients.
 
     Raises:
-        ValueError: If a value is outside what is said above.
+        ValueError: If a value is not one of those listed above.
+
+    Example:
+        >>> import timm, timm_dfs
+        >>> timm_dfs.Objective(distill_weight=0.3, gradient_equilibrium=True).distill_temperature
+        3.0
+
+        A model takes these settings as keyword arguments:
+
+        >>> model = timm.create_model("dfs_vgg7_cifar100", distill_weight=0.3)
+        >>> model.objective.distill_weight
+        0.3
     """
 
     loss_weights: Sequence[float] | None = None
@@ -60,10 +72,10 @@ class Objective:
         for name in ("distill_weight", "distill_temperature", "distill_feature_weight"):
             object.__setattr__(self, name, float(getattr(self, name)))
         if weights is not None:
-            object.__setattr__(self, "loss_weights", tuple(map(float, weights)))  # the caller's list may change
+            object.__setattr__(self, "loss_weights", tuple(map(float, weights)))  # a copy: the caller's list may change
 
     def check_exits(self, num_exits: int) -> None:
-        """Raise ``ValueError`` unless these settings make sense for ``num_exits`` exits."""
+        """Raise ``ValueError`` unless these settings fit a network with ``num_exits`` exits."""
         if self.loss_weights is not None and len(self.loss_weights) != num_exits:
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} entries; give one for each of this network's "
@@ -72,15 +84,19 @@ class Objective:
         if num_exits < 2:
             for name in ("distill_weight", "distill_feature_weight", "gradient_equilibrium", "aggregator"):
                 if getattr(self, name):
-                    raise ValueError(f"{name} is something between exits, and this network has only one; leave it out.")
+                    raise ValueError(f"{name} needs at least two exits, and this network has one; leave it out.")
 
 
 SETTINGS = tuple(field.name for field in fields(Objective))
-"""Names of the settings, as keyword arguments of every model."""
+"""Names of the settings, which are keyword arguments of every model."""
 
 
 def take_settings(kwargs: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
-    """Split a model's keyword arguments into its objective and the rest."""
+    """Split a model's keyword arguments into its objective and the rest.
+
+    Raises:
+        ValueError: If a setting has a value that :class:`Objective` refuses.
+    """
     ours = {name: value for name, value in kwargs.items() if name in SETTINGS}
     return Objective(**ours), {name: value for name, value in kwargs.items() if name not in SETTINGS}
 
@@ -88,7 +104,7 @@ def take_settings(kwargs: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
 def _is_number(value: Any) -> bool:
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond float's range
+    except OverflowError:  # an integer beyond the range of float
         return False
 
 

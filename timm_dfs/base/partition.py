@@ -1,4 +1,4 @@
-"""Feature partitioning and referencing: who may train which channels of an exit's feature."""
+"""Feature partitioning and referencing: which losses train which channels of an exit's feature."""
 
 from dataclasses import dataclass
 from numbers import Real
@@ -8,20 +8,25 @@ import torch.nn.functional as F
 from torch import nn
 
 JOINT = "joint"
-"""``beta=None`` as it travels through timm, and in a ``config.json``'s ``model_args``."""
+"""The ``beta`` of joint training, without partition. Classes take ``None`` for the same, but timm drops None."""
 
 REFERENCING = ("two_sided", "one_sided", "off")
 
 
-def check_beta(beta: float | None) -> None:
-    """Raise ``ValueError`` unless ``beta`` is ``None`` or a number in [0, 1]."""
-    if beta is None:
-        return
+def check_beta(beta: float | str | None) -> float | str:
+    """The partition ratio: a number in [0, 1], or :data:`JOINT`, also for ``None``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if beta is None or (isinstance(beta, str) and beta == JOINT):
+        return JOINT
     if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= beta <= 1:
         raise ValueError(
             f"beta is {beta!r}; give a number in [0, 1] (the share of channels deeper layers may train) "
-            "or None for joint training without partition."
+            f"or {JOINT!r} for joint training without partition."
         )
+    return beta  # type: ignore[return-value]
 
 
 def check_referencing(referencing: str) -> None:
@@ -31,15 +36,15 @@ def check_referencing(referencing: str) -> None:
 
 
 MOST_SHARED_IN_PARTS = 0.75
-"""Above this share, little is saved of a convolution's input gradient, and cutting its weight costs more. Chosen
-between 0.5, where cutting paid on VGG7, and 0.9, where it was a wash."""
+"""Largest shared part for which a convolution's input gradient is computed in parts. Above it, slicing the weight costs
+more than it saves. Chosen between 0.5, which was faster on VGG7, and 0.9, which made no difference."""
 
 
 @dataclass(frozen=True)
 class PartlyTrained:
-    """A feature whose first channels pass gradients and whose others do not.
+    """A feature whose first channels pass gradients and whose other channels do not.
 
-    A layer that takes it computes no gradient for those others, which autograd would compute and drop.
+    A layer that supports it skips the gradient of the other channels, which autograd would compute and discard.
 
     Attributes:
         trained: The first channels, which pass gradients.
@@ -60,12 +65,20 @@ class PartlyTrained:
 Onward = torch.Tensor | PartlyTrained
 
 
-class _Cut(torch.autograd.Function):
-    """A feature for the deeper layers and for its exit, with the gradients of both joined in one pass.
+def records_gradients(module: nn.Module) -> bool:
+    """Whether the gradients of a forward pass of ``module`` can be needed: not in ``torch.jit.trace`` in eval mode.
 
-    Costs nothing forward. Concatenating with a detached part would copy the feature, and its gradient would lose
-    the memory format. The exit's average is taken here because its gradient, one number per map, then never becomes
-    a tensor of the feature's size.
+    Traces are made with and without gradients, and must not differ.
+    """
+    return torch.is_grad_enabled() and (module.training or not torch.jit.is_tracing())
+
+
+class _Cut(torch.autograd.Function):
+    """Views of a feature for the deeper layers and for its exit; the backward pass joins the gradients of both.
+
+    The forward pass copies nothing. Concatenation with a detached part would copy the feature, and its gradient would
+    lose the memory format. The exit's average is computed here so that its gradient, one number per map, is never
+    expanded to a separate tensor of the feature's size.
     """
 
     @staticmethod
@@ -100,19 +113,19 @@ class _Cut(torch.autograd.Function):
 
 
 def _refuse_second_derivatives() -> None:
-    """What is filled in place below has none, and torch would take them for zero."""
+    """Raise ``RuntimeError`` where second derivatives are asked for, which the functions here would return as zero."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "A partition has no second derivatives (create_graph=True, as AdaHessian wants): take another optimizer, "
-            "or beta=None."
+            "A partition has no second derivatives (create_graph=True, which AdaHessian needs); use another optimizer, "
+            "or joint training (beta='joint')."
         )
 
 
 class PartitionedConv2d(nn.Conv2d):
-    """A convolution that computes of its input's gradient only what somebody will use.
+    """A convolution that computes its input's gradient only for the channels that need it.
 
-    The same weight, state dict and values as ``nn.Conv2d``; only a :class:`PartlyTrained` input is treated
-    differently, and only in the backward pass. Groups are not supported.
+    It has the weight, state dict and values of ``nn.Conv2d``. Only the backward pass for a :class:`PartlyTrained` input
+    differs. Groups are not supported.
     """
 
     def forward(self, x: Onward) -> torch.Tensor:
@@ -121,7 +134,7 @@ class PartitionedConv2d(nn.Conv2d):
         tensors: tuple[torch.Tensor | None, ...] = (x.trained, x.values, self.weight, self.bias)
         device = self.weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            # Cast before the function below, so that what it saves is what it computes with.
+            # Cast here, so that the function below saves the tensors that it computes with.
             tensors = tuple(t if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors)
         return _PartlyTrainedConv2d.apply(*tensors, self.stride, self.padding, self.dilation)
 
@@ -148,14 +161,14 @@ class _PartlyTrainedConv2d(torch.autograd.Function):
 
 
 def _input_gradient(ctx, gradient: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Gradient of the trained channels alone: a transposed convolution with their part of the weight."""
+    """Gradient of the trained channels only: a transposed convolution with their part of the weight."""
     shape = (values.shape[0], ctx.trained, *values.shape[2:])
     if ctx.trained == 0:
         return gradient.new_zeros(shape)
     channels_last = gradient.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     part = weight[:, : ctx.trained].contiguous(memory_format=memory_format)
-    # Only its shape is read, but in another format all of it would be copied first.
+    # Only its shape is read, but a tensor in another memory format would be copied first.
     like = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=memory_format)
     return _convolution_backward(ctx, gradient, like, part, [True, False, False])[0]
 
@@ -169,10 +182,10 @@ def _convolution_backward(ctx, gradient, x, weight, mask: list[bool]) -> tuple[t
 
 
 class Partition(nn.Module):
-    """Splits a feature between the deeper layers and the exit that reads it (DFS, sections 3.2 and 3.3).
+    """Partition of a feature between the deeper layers and an exit (DFS, arXiv 2407.13986, sections 3.2 and 3.3).
 
-    The first ``round(beta * channels)`` channels are the shared part f⁺, which deeper layers may train; the
-    rest, f⁻, belongs to the exit. Referencing decides what either side sees of the other's part:
+    The first ``round(beta * channels)`` channels are the shared part f⁺, which the losses of deeper exits train; the
+    rest, f⁻, is trained by this exit's loss. Referencing determines what each side reads:
 
     ===============  ======================  ====================
     referencing      to the deeper layers    to the exit's head
@@ -182,54 +195,76 @@ class Partition(nn.Module):
     ``"off"``        [f⁺, 0]                 [0, f⁻]
     ===============  ======================  ====================
 
-    with sg the stop-gradient. Unless referencing is off, values pass unchanged: only gradients differ from
+    where sg is the stop-gradient. Unless referencing is off, values pass unchanged, and only gradients differ from
     joint training.
 
     Args:
         channels: Size C of the feature along ``dim``.
-        beta: Partition ratio in [0, 1]; ``None`` leaves the feature whole for both sides.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training, without a partition.
         referencing: One of the values above.
         dim: Channel axis of the feature: 1 for NCHW, -1 for NHWC and token layouts.
         in_parts: Give the deeper layers a :class:`PartlyTrained` while gradients are recorded. For networks whose next
-            layer takes one; ignored where it saves too little.
+            layer supports it; ignored where it saves too little.
 
     Raises:
-        ValueError: If ``beta`` or ``referencing`` is not among the values above.
+        ValueError: If ``beta`` or ``referencing`` is not one of the values above.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> partition = timm_dfs.Partition(channels=4, beta=0.5)
+        >>> feature = torch.ones(1, 4, requires_grad=True)
+        >>> onward, exit_feature = partition(feature)
+        >>> onward.sum().backward()  # the deeper layers train the first two channels
+        >>> feature.grad
+        tensor([[1., 1., 0., 0.]])
     """
 
     def __init__(
-        self, channels: int, beta: float | None, referencing: str = "two_sided", dim: int = 1, in_parts: bool = False
+        self,
+        channels: int,
+        beta: float | str | None,
+        referencing: str = "two_sided",
+        dim: int = 1,
+        in_parts: bool = False,
     ):
         super().__init__()
-        check_beta(beta)
+        self.beta = check_beta(beta)
         check_referencing(referencing)
-        self.beta = beta
         self.referencing = referencing
         self.dim = dim
         self.channels = channels
-        self.shared = channels if beta is None else round(beta * channels)
+        self.shared = channels if isinstance(self.beta, str) else round(self.beta * channels)
         self.in_parts = in_parts and self.shared <= MOST_SHARED_IN_PARTS * channels
 
     def forward(self, feature: torch.Tensor, averaged: bool = False) -> tuple[Onward, torch.Tensor]:
-        """Return ``(to the deeper layers, to the exit's head)``, both with the values of ``feature`` unless off.
+        """Return the feature for the deeper layers and the feature for the exit's head.
 
         Args:
-            feature: Anything with the channels along ``dim``.
-            averaged: The head only averages the maps of an NCHW feature. It may then get them averaged already, as
-                maps of one value, which is the cheaper way to train.
+            feature: Feature of any shape with the channels along ``dim``.
+            averaged: Whether the head only averages the maps of an NCHW feature. It may then receive their averages
+                (B, C, 1, 1), which makes training cheaper.
+
+        Raises:
+            ValueError: If the feature has another number of channels, or is symbolic (``torch.fx``).
         """
+        if isinstance(feature, torch.fx.Proxy):
+            raise ValueError(
+                "torch.fx cannot trace through a Partition, which depends on the gradient mode. Use "
+                "timm.models.create_feature_extractor, or give torchvision's tracer_kwargs=dict(leaf_modules="
+                "[timm_dfs.Partition])."
+            )
         if feature.shape[self.dim] != self.channels:
             raise ValueError(
                 f"This partition was built for {self.channels} channels on axis {self.dim}, "
-                f"but the feature's shape is {tuple(feature.shape)}."
+                f"but the feature has shape {tuple(feature.shape)}."
             )
-        if self.beta is None:
+        if self.beta == JOINT:
             return feature, feature
         if self.referencing == "off":
             shared, own = torch.split(feature, [self.shared, self.channels - self.shared], self.dim)
             zeros = [torch.zeros_like(part) for part in (shared, own)]
             return torch.cat((shared, zeros[1]), self.dim), torch.cat((zeros[0], own), self.dim)
-        if not torch.is_grad_enabled():  # only gradients would differ
+        if not records_gradients(self):  # only gradients would differ
             return feature, feature
         onward, exit_feature = _Cut.apply(
             feature, self.dim, self.shared, self.referencing == "two_sided", self.in_parts, averaged

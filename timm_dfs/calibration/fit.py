@@ -1,26 +1,20 @@
-"""Operating points: a policy, what it costs and how well it does, and which data say so.
+"""Fitting operating points to validation data.
 
-Thresholds are fitted on validation data and measured on other data. An operating point remembers the samples it was
-fitted on, and what reports refuses them.
+A fitted point remembers its samples, so that measuring it on them can be refused.
 """
 
 import math
 import warnings
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import torch
 
 from ..inference.confidence import PATIENCE, confidence_function
 from ..inference.policy import ExitPolicy
 from .logits import check_data
-from .operating_point import (
-    Data,
-    OperatingPoint,
-    Source,
-    check_flops,
-    fingerprints,
-    measure,
-)
+from .operating_point import Data, OperatingPoint, Source, check_flops, measure
+from .seen import fingerprints
 from .threshold_search import ThresholdSearch, Value, at_accuracy, within_budget
 
 
@@ -30,48 +24,58 @@ def fit_operating_point(
     *,
     budget: float | None = None,
     accuracy: float | None = None,
-    loss: float | None = None,
+    max_accuracy_drop: float | None = None,
     confidence: str = "max_prob",
     temperatures: Sequence[float] | torch.Tensor | None = None,
     exits: Collection[int] | None = None,
     dataset: str = "",
     split: str = "validation",
 ) -> OperatingPoint:
-    """The best thresholds on validation data for a wanted cost or accuracy.
+    """Fit the best thresholds on validation data for a given cost or accuracy.
 
-    They are found directly (see :mod:`timm_dfs.threshold_search`) and on ``val`` never worse than those of geometric
-    exit fractions, :func:`timm_dfs.budgeted_batch` with ``val`` for both. Of patience, which has no thresholds
-    between its whole numbers, every number of exits is tried, the same for all exits.
+    Thresholds are searched for directly (see :mod:`timm_dfs.calibration.threshold_search`). On ``val`` they are never
+    worse than those of geometric exit fractions, :func:`timm_dfs.budgeted_batch` with ``val`` for both. For patience,
+    whose thresholds are whole numbers, every number of exits is tried, the same for all exits.
 
     Args:
-        val: Validation logits (E, N, C) and targets (N,). Not those to be reported on: see :func:`measure_policy`.
+        val: Validation logits (E, N, C) and targets (N,), disjoint from the samples to report on: see
+            :func:`timm_dfs.measure_policy`.
         flops: Multiply-adds up to and including each exit (E,), e.g. ``exit_flops(model, lazy=True)``, which counts
-            the heads of exits that never answer too.
-        budget: Most multiply-adds per sample, on average: the most accurate point within it.
-        accuracy: Least accuracy, percent: the cheapest point that has it.
-        loss: Most percentage points of accuracy below the last exit's: the cheapest point that keeps to it.
-        confidence: Name of the confidence.
+            the heads of exits that are switched off too.
+        budget: Largest mean multiply-adds per sample; the most accurate point within it is fitted.
+        accuracy: Least accuracy, percent; the cheapest point that reaches it is fitted.
+        max_accuracy_drop: Largest drop in accuracy below the last exit, percentage points; the cheapest point within
+            it is fitted.
+        confidence: Name of the confidence that thresholds are compared with.
         temperatures: One per exit, e.g. from :func:`timm_dfs.fit_temperatures`.
-        exits: The exits that may answer, by default all; the last one may always.
-        dataset: Name of the data set that ``val`` are of, for the record.
-        split: Name of the split.
+        exits: Exits that may be active, by default all; the last one always is.
+        dataset: Name of the data set of ``val``, for the record.
+        split: Name of its split.
 
     Returns:
-        The point, and what it does on ``val``.
+        The point, with its accuracy and cost on ``val``.
 
     Raises:
-        ValueError: If not exactly one of ``budget``, ``accuracy`` and ``loss`` is given, nothing achieves it, or the
-            data are no finite logits with targets, at least one sample per exit.
+        ValueError: If not exactly one of ``budget``, ``accuracy`` and ``max_accuracy_drop`` is given, no thresholds
+            achieve it, or the data are not finite logits with targets, at least one sample per exit.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> logits, targets = 9 * torch.eye(4).repeat(3, 2, 1), torch.arange(8) % 4  # 3 exits, 8 samples, 4 classes
+        >>> logits[0, 6:] = 0.1 * logits[0, [7, 6]]  # the first exit is unsure of two samples, and wrong
+        >>> point = timm_dfs.fit_operating_point((logits, targets), flops=[10, 20, 40], max_accuracy_drop=0)
+        >>> point.accuracy, point.average_flops
+        (100.0, 12.5)
     """
-    fitting = _Fitting(val, flops, confidence, temperatures, exits, dataset, split)
-    wanted = [name for name, value in (("budget", budget), ("accuracy", accuracy), ("loss", loss)) if value is not None]
-    if len(wanted) != 1:
-        raise ValueError(f"Of budget, accuracy and loss {' and '.join(wanted) or 'none'} is given; give exactly one.")
+    fitting = Fitting(val, flops, confidence, temperatures, exits, dataset, split)
+    goals = dict(budget=budget, accuracy=accuracy, max_accuracy_drop=max_accuracy_drop)
+    given = [name for name, value in goals.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"Of {', '.join(goals)}, {' and '.join(given) or 'none'} is given; give exactly one.")
     if budget is not None:
         return fitting.within(budget)
-    if loss is not None:
-        check_loss(loss)
-        accuracy = fitting.last_exit_accuracy - loss
+    if max_accuracy_drop is not None:
+        return fitting.dropping(max_accuracy_drop)
     return fitting.as_accurate_as(accuracy)  # type: ignore[arg-type]
 
 
@@ -86,31 +90,42 @@ def operating_frontier(
     dataset: str = "",
     split: str = "validation",
 ) -> list[OperatingPoint]:
-    """Operating points from the dearest to the cheapest; the first never leaves early.
+    """Fit operating points of falling cost; the first never exits early.
 
     Args:
-        points: How many budgets to fit, evenly spaced; of what they give, a point that on ``val`` is dearer than
-            another and no more accurate is left out, the first excepted. Of patience, all there are.
+        points: Number of evenly spaced budgets to fit. Fitted points that on ``val`` cost more than another and are no
+            more accurate are left out, except the first. For patience, all points are returned.
 
-    Other arguments and errors as for :func:`fit_operating_point`.
+    Other arguments and errors as for :func:`timm_dfs.fit_operating_point`.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> logits, targets = 9 * torch.eye(4).repeat(3, 2, 1), torch.arange(8) % 4  # 3 exits, 8 samples, 4 classes
+        >>> logits[0, 6:] = 0.1 * logits[0, [7, 6]]  # the first exit is unsure of two samples, and wrong
+        >>> points = timm_dfs.operating_frontier((logits, targets), flops=[10, 20, 40])
+        >>> [(point.accuracy, point.average_flops) for point in points]
+        [(100.0, 40.0), (100.0, 12.5), (75.0, 10.0)]
     """
     if points < 2:
         raise ValueError(f"points is {points}; give at least 2.")
-    return _Fitting(val, flops, confidence, temperatures, exits, dataset, split).frontier(points)
+    return Fitting(val, flops, confidence, temperatures, exits, dataset, split).frontier(points)
 
 
-class _Fitting:
-    """Validation data and the choices that all points fitted on them share."""
+class Fitting:
+    """Fits several operating points to the same validation data, which are searched once.
+
+    Arguments and errors as for :func:`timm_dfs.fit_operating_point`.
+    """
 
     def __init__(
         self,
         val: Data,
         flops: Sequence[float],
-        confidence: str,
-        temperatures: Sequence[float] | torch.Tensor | None,
-        exits: Collection[int] | None,
-        dataset: str,
-        split: str,
+        confidence: str = "max_prob",
+        temperatures: Sequence[float] | torch.Tensor | None = None,
+        exits: Collection[int] | None = None,
+        dataset: str = "",
+        split: str = "validation",
     ):
         check_data("val", val)
         logits, targets = val
@@ -144,25 +159,34 @@ class _Fitting:
         return sorted(set(exits) - {last})
 
     def point(self, policy: ExitPolicy) -> OperatingPoint:
+        """The operating point of a policy."""
         done = measure(policy, self.val, self.flops)
         return OperatingPoint(policy, done.average_flops, done.accuracy, self.source, seen=self.seen)
 
     def within(self, budget: float) -> OperatingPoint:
+        """The most accurate point whose mean cost is at most ``budget`` multiply-adds."""
         check_budget(budget, [self.flops[k] for k in (*self.early, self.num_exits - 1)])
         return self._best(within_budget(budget, self.flops[-1]), f"a budget of {budget:g}")
 
+    def dropping(self, max_accuracy_drop: float) -> OperatingPoint:
+        """The cheapest point at most so many percentage points less accurate than the last exit."""
+        check_accuracy_drop(max_accuracy_drop)
+        return self.as_accurate_as(self.last_exit_accuracy - max_accuracy_drop)
+
     def as_accurate_as(self, accuracy: float) -> OperatingPoint:
+        """The cheapest point of at least this accuracy, percent."""
         return self._best(at_accuracy(accuracy, self.flops[-1]), f"an accuracy of {accuracy:.2f} %")
 
-    def frontier(self, points: int) -> list[OperatingPoint]:
+    def frontier(self, points: int = 40) -> list[OperatingPoint]:
+        """Points of falling cost, see :func:`timm_dfs.operating_frontier`."""
         if self.search is None:
-            return self._patient()
+            return self._patient
         return [self.point(self._policy(thresholds)) for thresholds in self.search.frontier(points)]
 
     def _best(self, value: Value, wanted: str) -> OperatingPoint:
         found: OperatingPoint | None = None
         if self.search is None:
-            points = self._patient()
+            points = self._patient
             done = torch.tensor([(point.accuracy, point.average_flops) for point in points], dtype=torch.float64)
             values = value(*done.unbind(1))
             found = points[int(values.argmax())] if values.max() > -math.inf else None
@@ -178,8 +202,9 @@ class _Fitting:
     def _policy(self, thresholds: Sequence[float]) -> ExitPolicy:
         return ExitPolicy(thresholds, self.confidence, self.temperatures)
 
+    @cached_property
     def _patient(self) -> list[OperatingPoint]:
-        """All patiences, from the dearest; the first is never content."""
+        """The points of every patience, from the most expensive; the first, of infinite patience, never exits early."""
         points = []
         for patience in (math.inf, *range(len(self.early) - 1, -1, -1)):
             thresholds = [patience if k in self.early else math.inf for k in range(self.num_exits)]
@@ -188,29 +213,29 @@ class _Fitting:
 
 
 def check_budget(budget: float, flops: Sequence[float]) -> None:
-    """Raise ``ValueError`` unless a budget is between the costs of the first and the last exit that may answer."""
+    """Raise ``ValueError`` unless a budget is between the costs of the first and the last exit that may be active."""
     if not min(flops) <= budget <= max(flops):
         raise ValueError(
-            f"A budget of {budget:g} multiply-adds cannot be had or spent; the first exit that may answer takes "
+            f"A budget of {budget:g} multiply-adds is out of range; the first exit that may be active costs "
             f"{min(flops):g}, the last {flops[-1]:g}."
         )
 
 
-def check_loss(loss: float) -> None:
-    """Raise ``ValueError`` unless a loss of accuracy is in percentage points."""
-    if not 0 <= loss <= 100:
-        raise ValueError(f"loss is {loss}; give percentage points from 0 to 100.")
+def check_accuracy_drop(max_accuracy_drop: float) -> None:
+    """Raise ``ValueError`` unless a drop in accuracy is in percentage points."""
+    if not 0 <= max_accuracy_drop <= 100:
+        raise ValueError(f"max_accuracy_drop is {max_accuracy_drop}; give percentage points from 0 to 100.")
 
 
 def warn_of_untrained(correct: torch.Tensor, classes: int, exits: Sequence[int]) -> None:
-    """Warn where early exits answer no better than chance: correct answers, bool (E, N)."""
+    """Warn if early exits predict no better than chance, given which predictions are correct: bool (E, N)."""
     samples = correct.shape[1]
     chance = 1 / classes
     limit = chance + 3 * math.sqrt(chance * (1 - chance) / samples)
     poor = [k for k in exits if correct[k].float().mean().item() <= limit]
     if poor and classes > 1:
         warnings.warn(
-            f"Exits {', '.join(map(str, poor))} are right no more often than chance ({chance:.1%}) on the "
+            f"Exits {', '.join(map(str, poor))} are correct no more often than chance ({chance:.1%}) on the "
             f"{samples} validation samples: are their heads trained?",
             stacklevel=4,
         )

@@ -1,10 +1,12 @@
-"""Checks of the logits and targets that everything here is fitted to."""
+"""Checks of the logits and targets that operating points and temperatures are fitted to."""
+
+import warnings
 
 import torch
 
 
 def check_data(name: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Raise ``ValueError`` unless ``data`` are finite logits (E, N, C) and their samples' targets (N,)."""
+    """Raise ``ValueError`` unless ``data`` are finite logits (E, N, C) and the targets (N,) of their samples."""
     logits, targets = data
     check_logits(logits)
     if targets.shape != logits.shape[1:2]:
@@ -13,10 +15,11 @@ def check_data(name: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 def check_logits(logits: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless these are finite logits (E, N, C), none of the sizes 0."""
+    """Raise ``ValueError`` unless these are finite logits (E, N, C), no size 0; warn if they are probabilities."""
     if logits.ndim != 3 or logits.numel() == 0:
         raise ValueError(f"Logits have shape {tuple(logits.shape)}; give (exits, samples, classes), none of them 0.")
     check_finite(logits)
+    warn_of_probabilities(logits)
 
 
 def check_targets(targets: torch.Tensor, classes: int) -> None:
@@ -32,3 +35,15 @@ def check_finite(logits: torch.Tensor) -> None:
     if not logits.isfinite().all():
         bad = (~logits.isfinite()).any(-1).nonzero()[0].tolist()
         raise ValueError(f"Logits of sample {bad[1]} at exit {bad[0]} are not finite; leave such samples out.")
+
+
+def warn_of_probabilities(logits: torch.Tensor) -> None:
+    """Warn if logits (E, N, C) are softmax outputs, whose softmax would be far less confident than the network."""
+    if logits.shape[-1] > 1 and logits.min() >= 0 and logits.max() <= 1:
+        sums = logits.sum(-1, dtype=torch.float32)
+        if torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+            warnings.warn(
+                "All logits are in [0, 1] and sum to 1, so they look like softmax outputs, to which the softmax would "
+                "be applied again; give logits.",
+                stacklevel=4,
+            )

@@ -1,4 +1,4 @@
-"""Operating points: a fitted policy with its accuracy and cost, and what it does on other data."""
+"""Operating points: a fitted policy with its accuracy and cost, and its measurement on other data."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,10 @@ from numbers import Real
 
 import torch
 
+from ..inference.confidence import PATIENCE
 from ..inference.policy import ExitPolicy
 from .logits import check_data
+from .seen import refuse_seen
 
 Data = tuple[torch.Tensor, torch.Tensor]
 """Logits (E, N, C) and targets (N,)."""
@@ -16,12 +18,12 @@ Data = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Which data an operating point was fitted on.
+    """The data that an operating point was fitted on.
 
     Attributes:
         dataset: Name of the data set.
         split: Name of its split.
-        samples: How many samples of it.
+        samples: Number of its samples.
     """
 
     dataset: str
@@ -31,29 +33,38 @@ class Source:
 
 @dataclass(frozen=True)
 class Risk:
-    """What an operating point costs in accuracy, and how sure that is; see :mod:`timm_dfs.risk`.
+    """A bound on the accuracy that an operating point gives up; see :mod:`timm_dfs.calibration.risk`.
 
     Attributes:
-        at_most: The last exit's accuracy is at most so many percentage points above the policy's.
-        confidence: Probability, over the samples drawn, with which the statement holds.
-        samples: How many samples it was found on.
+        max_accuracy_drop: Largest drop in accuracy from the last exit's to the policy's, percentage points.
+        confidence_level: Probability, over the drawing of the samples, with which the bound holds.
+        samples: Number of samples that the bound was computed on.
     """
 
-    at_most: float
-    confidence: float
+    max_accuracy_drop: float
+    confidence_level: float
     samples: int
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A policy that was fitted, and what it did on the samples it was fitted on.
+    """A fitted policy, with its accuracy and cost on the samples that it was fitted on.
 
     Attributes:
         policy: The policy.
         average_flops: Mean multiply-adds per sample.
-        accuracy: Top-1, percent: of the samples fitted on, so of others somewhat less.
-        fitted_on: Which data those were.
-        risk: A statement that holds for other samples too, if one was made.
+        accuracy: Top-1, percent, on the samples fitted on; on others it is somewhat lower.
+        fitted_on: The data fitted on.
+        risk: Bound on the drop in accuracy on other samples, if one was computed.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> logits, targets = 9 * torch.eye(4).repeat(2, 1, 1), torch.arange(4)  # 2 exits, 4 samples, 4 classes
+        >>> point = timm_dfs.fit_operating_point((logits, targets), flops=[10, 30], max_accuracy_drop=0)
+        >>> point.accuracy, point.average_flops
+        (100.0, 10.0)
+        >>> sorted(point.preset())  # as config.json holds it
+        ['accuracy', 'average_flops', 'confidence', 'fitted_on', 'thresholds']
     """
 
     policy: ExitPolicy
@@ -77,12 +88,30 @@ class OperatingPoint:
         )
 
 
-def check_preset(preset: dict, num_exits: int) -> None:
-    """Raise ``ValueError`` where a preset's known fields are not what :meth:`OperatingPoint.preset` writes.
+def check_preset(preset: dict, num_exits: int | None) -> None:
+    """Refuse a preset whose known fields are not what :meth:`OperatingPoint.preset` writes.
 
-    Only ``thresholds`` must be there; fields of other names are nobody's business.
+    Calibration, saving, loading and publishing all check with this function. Only ``thresholds`` is required, and
+    fields of other names are not checked. A threshold is on the scale of its confidence: in [0, 1], or for patience in
+    [0, E - 1]; None, or infinity, is for an exit that never predicts.
+
+    Args:
+        preset: The preset.
+        num_exits: Number of exits E of the model; None if it is unknown.
+
+    Raises:
+        ValueError: If a field is not what is said above.
     """
-    ExitPolicy.from_preset(preset).check_exits(num_exits)
+    policy = ExitPolicy.from_preset(preset)
+    exits = len(policy.thresholds) if num_exits is None else num_exits
+    policy.check_exits(exits)
+    largest = exits - 1 if policy.confidence == PATIENCE else 1
+    for value in policy.thresholds:
+        if not 0 <= value <= largest and value != math.inf:
+            raise ValueError(
+                f"It has the threshold {value:g}, but {policy.confidence} is in [0, {largest}]; give None (null in "
+                "JSON) for an exit that never predicts."
+            )
     for name, highest in (("average_flops", math.inf), ("accuracy", 100.0)):
         if name in preset and not _in_range(preset[name], highest):
             raise ValueError(f"{name} is {preset[name]!r}; give a number from 0 to {highest}.")
@@ -103,14 +132,21 @@ def _in_range(value: object, highest: float) -> bool:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a policy does on samples.
+    """Accuracy and cost of a policy on samples.
 
     Attributes:
         accuracy: Top-1, percent.
         average_flops: Mean multiply-adds per sample.
-        exit_shares: Share of the samples that each exit answered (E,).
+        exit_shares: Share of the samples that left at each exit (E,).
         last_exit_accuracy: Top-1 of the last exit on all samples, percent.
-        samples: How many there were.
+        samples: Number of samples.
+
+    Example:
+        >>> import torch
+        >>> from timm_dfs import ExitPolicy, measure_policy
+        >>> logits, targets = 9 * torch.eye(4).repeat(2, 1, 1), torch.arange(4)  # 2 exits, 4 samples, 4 classes
+        >>> measure_policy(ExitPolicy([None, 0.0]), (logits, targets), flops=[10, 30]).exit_shares
+        (0.0, 1.0)
     """
 
     accuracy: float
@@ -121,33 +157,41 @@ class Measurement:
 
 
 def measure_policy(policy: ExitPolicy | OperatingPoint, test: Data, flops: Sequence[float]) -> Measurement:
-    """What a policy, or an operating point's, does on test data.
+    """Measure a policy, or an operating point's policy, on test data.
 
     Args:
-        policy: The policy. An operating point knows the samples that it was fitted on.
+        policy: The policy. An operating point remembers the samples that it was fitted on.
         test: Test logits (E, N, C) and targets (N,).
         flops: Multiply-adds up to and including each exit (E,).
 
     Raises:
         ValueError: If the point was fitted on these samples, or the data do not fit the policy.
+
+    Example:
+        >>> import torch
+        >>> from timm_dfs import ExitPolicy, measure_policy
+        >>> logits, targets = 9 * torch.eye(4).repeat(2, 1, 1), torch.arange(4)  # 2 exits, 4 samples, 4 classes
+        >>> measured = measure_policy(ExitPolicy([0.5, 0.0]), (logits, targets), flops=[10, 30])
+        >>> measured.accuracy, measured.average_flops
+        (100.0, 10.0)
     """
     check_data("test", test)
     check_flops(flops, len(test[0]))
     if isinstance(policy, OperatingPoint):
-        refuse_seen(policy, test[0], "test")
+        refuse_seen(policy.seen, test[0], "test", "the operating point")
         policy = policy.policy
     return measure(policy, test, flops)
 
 
 def measure(policy: ExitPolicy, data: Data, flops: Sequence[float]) -> Measurement:
-    """As :func:`measure_policy`, on any data."""
+    """Measure a policy as :func:`measure_policy` does, on any data."""
     logits, targets = data
     exits = policy.exit_index(logits)
     right = logits.argmax(-1) == targets
-    answered = right.gather(0, exits[None])[0]
+    at_exit = right.gather(0, exits[None])[0]
     samples = len(targets)
     return Measurement(
-        accuracy=100 * (answered.double().sum().item() / samples),
+        accuracy=100 * (at_exit.double().sum().item() / samples),
         average_flops=torch.tensor(flops, dtype=torch.float64)[exits].sum().item() / samples,
         exit_shares=tuple((torch.bincount(exits, minlength=len(logits)).double() / samples).tolist()),
         last_exit_accuracy=100 * (right[-1].double().sum().item() / samples),
@@ -159,19 +203,3 @@ def check_flops(flops: Sequence[float], num_exits: int) -> None:
     """Raise ``ValueError`` unless there is one finite cost above 0 for each exit."""
     if len(flops) != num_exits or not all(0 < value < math.inf for value in flops):
         raise ValueError(f"flops is {list(flops)}; give the multiply-adds of each of {num_exits} exits.")
-
-
-def fingerprints(logits: torch.Tensor) -> frozenset[bytes]:
-    """What samples are recognised by: the last exit's logits, of logits (E, N, C)."""
-    return frozenset(row.tobytes() for row in logits[-1].detach().cpu().float().numpy())
-
-
-def refuse_seen(point: OperatingPoint, logits: torch.Tensor, name: str) -> None:
-    """Raise ``ValueError`` if ``point`` was fitted on these samples, of which data sets may share a few (1 %)."""
-    rows = [row.tobytes() for row in logits[-1].detach().cpu().float().numpy()]
-    known = sum(row in point.seen for row in rows)
-    if known > len(rows) / 100:
-        raise ValueError(
-            f"{known} of the {len(rows)} {name} samples are among those that the operating point was fitted on, which "
-            "would flatter it; give others."
-        )

@@ -1,25 +1,25 @@
-"""Named operating points: fitting those that every model has, and writing them beside the weights."""
+"""Named operating points, fitted together."""
 
 from collections.abc import Collection, Sequence
 
 import torch
 
-from .fit import fit_operating_point, operating_frontier
+from .fit import Fitting
 from .operating_point import Data, OperatingPoint
 from .risk import bound_risk, control_risk
 
 NAMED = {"accurate": 0.0, "balanced": 0.5, "fast": 2.0}
-"""Each the cheapest point that on validation data is at most so many points less accurate than the last exit."""
+"""Presets of every model: the cheapest point whose drop in accuracy on validation data is at most so many points."""
 
 
 def budget_name(budget: float) -> str:
-    """What the preset for a budget in multiply-adds is called: ``"100M"``."""
+    """Name of the preset for a budget in multiply-adds, e.g. ``"100M"``."""
     return f"{budget / 1e6:g}M"
 
 
-def loss_name(loss: float) -> str:
-    """What the preset for a largest loss in percentage points is called: ``"loss-1"``."""
-    return f"loss-{loss:g}"
+def drop_name(max_accuracy_drop: float) -> str:
+    """Name of the preset for a largest drop in accuracy, percentage points, e.g. ``"drop-1"``."""
+    return f"drop-{max_accuracy_drop:g}"
 
 
 def fit_presets(
@@ -27,46 +27,54 @@ def fit_presets(
     flops: Sequence[float],
     *,
     budgets: Sequence[float] = (),
-    losses: Sequence[float] = (),
+    max_accuracy_drops: Sequence[float] = (),
     held_out: Data | None = None,
-    probability: float = 0.95,
+    confidence_level: float = 0.95,
     confidence: str = "max_prob",
     temperatures: Sequence[float] | torch.Tensor | None = None,
     exits: Collection[int] | None = None,
     dataset: str = "",
     split: str = "validation",
 ) -> dict[str, OperatingPoint]:
-    """The points of :data:`NAMED`, and of budgets and losses, by name.
+    """Fit the presets ``accurate``, ``balanced`` and ``fast`` (:data:`NAMED`), and further ones.
 
     Args:
         val: Validation logits (E, N, C) and targets (N,).
         flops: Multiply-adds up to and including each exit (E,).
-        budgets: In multiply-adds; see :func:`budget_name`.
-        losses: In percentage points below the last exit; see :func:`loss_name`.
-        held_out: Logits and targets that are in ``val`` not: every point gets a bound on its loss from them, and
-            those for ``losses`` keep to them with ``probability`` (see :mod:`timm_dfs.risk`), not on ``val`` alone.
-        probability: With which each statement about risk holds.
+        budgets: Mean multiply-adds per sample of further presets, named ``"100M"``.
+        max_accuracy_drops: Drops in accuracy, percentage points, of further presets, named ``"drop-1"``.
+        held_out: Logits and targets disjoint from ``val``. With them every point gets a bound on its drop in accuracy,
+            and the points for ``max_accuracy_drops`` keep to them with ``confidence_level`` (see
+            :mod:`timm_dfs.calibration.risk`) instead of on ``val`` alone.
+        confidence_level: Probability with which each bound holds.
 
     Other arguments and errors as for :func:`timm_dfs.fit_operating_point`.
+
+    Returns:
+        Operating points by name.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> logits, targets = 9 * torch.eye(4).repeat(3, 1, 1), torch.arange(4)  # 3 exits, 4 samples, 4 classes
+        >>> points = timm_dfs.fit_presets((logits, targets), flops=[10, 20, 40], max_accuracy_drops=[5])
+        >>> {name: point.average_flops for name, point in points.items()}
+        {'accurate': 10.0, 'balanced': 10.0, 'fast': 10.0, 'drop-5': 10.0}
     """
-    settings = dict(confidence=confidence, temperatures=temperatures, exits=exits, dataset=dataset, split=split)
-
-    def fit(**wanted: float) -> OperatingPoint:
-        point = fit_operating_point(val, flops, **wanted, **settings)  # type: ignore[arg-type]
-        return point if held_out is None else bound_risk(point, held_out, probability)
-
-    points = {name: fit(loss=loss) for name, loss in NAMED.items()}
-    points.update((budget_name(budget), fit(budget=budget)) for budget in budgets)
-    if losses and held_out is not None:
-        frontier = operating_frontier(val, flops, **settings)  # type: ignore[arg-type]
-        points.update((loss_name(loss), control_risk(frontier, held_out, loss, probability)) for loss in losses)
-    else:
-        points.update((loss_name(loss), fit(loss=loss)) for loss in losses)
+    fitting = Fitting(val, flops, confidence, temperatures, exits, dataset, split)
+    points = {name: fitting.dropping(drop) for name, drop in NAMED.items()}
+    points.update((budget_name(budget), fitting.within(budget)) for budget in budgets)
+    if held_out is None:
+        points.update((drop_name(drop), fitting.dropping(drop)) for drop in max_accuracy_drops)
+        return points
+    points = {name: bound_risk(point, held_out, confidence_level) for name, point in points.items()}
+    frontier = fitting.frontier() if max_accuracy_drops else []
+    for drop in max_accuracy_drops:
+        points[drop_name(drop)] = control_risk(frontier, held_out, drop, confidence_level)
     return points
 
 
 def halves(data: Data) -> tuple[Data, Data]:
-    """Two random halves of the samples, always the same."""
+    """Split samples into two random halves, the same ones at every call."""
     logits, targets = data
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     first, second = order[: len(order) // 2], order[len(order) // 2 :]

@@ -1,4 +1,4 @@
-"""Temperature scaling: a confidence that means what it says."""
+"""Temperature scaling: confidences that match accuracy."""
 
 import math
 
@@ -8,24 +8,33 @@ import torch.nn.functional as F
 from .logits import check_data
 
 COLDEST, HOTTEST = 0.05, 20.0
-"""What a temperature is searched between; where answers are all right, or worse than chance, there is no best one."""
+"""Bounds of the search: if predictions are all correct, or worse than chance, no temperature is best."""
 
 
 def fit_temperatures(val_logits: torch.Tensor, val_targets: torch.Tensor) -> torch.Tensor:
-    """The temperature of each exit with the least cross-entropy (Guo et al., ICML 2017, arXiv 1706.04599).
+    """Fit to each exit the temperature of least cross-entropy (Guo et al., ICML 2017, arXiv 1706.04599).
 
-    Cross-entropy is convex in the inverse of the temperature: its slope is bisected, for all exits at once.
+    Cross-entropy is convex in the inverse temperature, so the zero of its slope is found by bisection.
 
     Args:
         val_logits: Validation logits (E, N, C).
         val_targets: Validation targets (N,).
 
     Returns:
-        Temperatures (E,) in [0.05, 20], float32: logits are to be divided by them. Cross-entropy is never greater than
-        at temperature 1.
+        Temperatures (E,) in [0.05, 20], float32, by which logits are divided. Cross-entropy is never larger than at
+        temperature 1.
 
     Raises:
-        ValueError: If shapes disagree, logits are not finite, or targets are no classes.
+        ValueError: If shapes disagree, logits are not finite, or targets are not classes.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> targets = torch.arange(100) % 2
+        >>> predicted = torch.where(torch.arange(100) < 75, targets, 1 - targets)  # 75 % correct
+        >>> logits = 5.0 * torch.nn.functional.one_hot(predicted, 2)[None]  # but a confidence of 99 %
+        >>> temperatures = timm_dfs.fit_temperatures(logits, targets)
+        >>> torch.softmax(logits[0, 0] / temperatures[0], -1).max()
+        tensor(0.7500)
     """
     check_data("val", (val_logits, val_targets))
     logits = val_logits.float()

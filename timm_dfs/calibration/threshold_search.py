@@ -1,10 +1,10 @@
-"""Thresholds that do best on given samples: for each exit, which of its surest samples leave.
+"""Search for the thresholds that do best on given samples.
 
-A set of thresholds is a row of counts, one per early exit: how many samples, by falling confidence, have at least its
-threshold. With all other thresholds fixed, what one of them is worth at each of its values is two cumulative sums, so
-the best value is found exactly; the exits take turns, from deep to shallow, until none improves. The starts are:
-geometric exit fractions; every sample at one exit; and, for many prices of a multiply-add, what is best if each exit
-saw all samples.
+A set of thresholds is represented by counts, one per early exit: the number of samples, by falling confidence, that
+reach its threshold. With all other thresholds fixed, accuracy and cost at every value of one threshold are two
+cumulative sums, so its best value is found exactly. The exits take turns, from deep to shallow, until none improves.
+The search starts from geometric exit fractions, from all samples at one exit, and, for many prices of a multiply-add,
+from the counts that are best if each exit sees all samples.
 """
 
 import math
@@ -12,29 +12,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .budgeted_batch import _thresholds, geometric_exit_fractions
+from .budgeted_batch import geometric_exit_fractions, official_thresholds
 
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""What a choice is worth, given accuracies (M,), percent, and mean costs (M,): float64 (M,), minus infinity where it is
-not allowed."""
+"""Value of choices, given their accuracies (M,), percent, and mean costs (M,): float64 (M,), minus infinity where a
+choice is not allowed."""
 
 GEOMETRIC_RATIOS = tuple(p / 40 for p in range(1, 121))
-"""Those of :func:`timm_dfs.budgeted_batch` and as many between and beyond them."""
+"""The ratios of :func:`timm_dfs.budgeted_batch`, and as many between and beyond them."""
 
 PRICES = (0.0, *(10 ** (p / 8 - 1) for p in range(33)))
-"""Of as many multiply-adds as the last exit takes, in points of accuracy: from 0.1 to 1000."""
+"""Prices of as many multiply-adds as the last exit costs, in percentage points of accuracy: from 0.1 to 1000."""
 
 ROUNDS = 20
 
 
 class ThresholdSearch:
-    """The thresholds that are best on samples whose confidences and answers are known.
+    """Search on samples whose confidences and correct predictions are known.
 
     Args:
         confidences: Confidences (E, N) in [0, 1].
-        correct: Whether each exit's answer is right, bool (E, N).
+        correct: Whether each exit's prediction is correct, bool (E, N).
         flops: Multiply-adds up to and including each exit (E,).
-        exits: The exits that may answer, the last one among them.
+        exits: The exits that may be active, the last one among them.
     """
 
     def __init__(self, confidences: torch.Tensor, correct: torch.Tensor, flops: Sequence[float], exits: Sequence[int]):
@@ -45,21 +45,21 @@ class ThresholdSearch:
         self.cost = torch.tensor(flops, dtype=torch.float64)
         self.sorted, self.order = confidences.sort(dim=1, descending=True, stable=True)
         self.rank = self.order.argsort(1)
-        # Counts that a threshold can make: none, all, and wherever the next sample is less sure.
+        # Counts that a threshold can produce: none, all, and those after which the next sample is less confident.
         never = torch.ones(len(confidences), 1, dtype=torch.bool)
         self.possible = torch.cat([never, self.sorted[:, :-1] > self.sorted[:, 1:], never], 1)
         self.starts = self._starts()
         self._measured_starts = self._measure(self.starts)
 
     def best(self, value: Value, starts: int = 8) -> tuple[float, ...] | None:
-        """The thresholds of the greatest value that were found, from so many starts; ``None`` if none are allowed."""
+        """The best thresholds found from the ``starts`` best starts; ``None`` if none are allowed."""
         counts = self._best(value, starts)
         return None if counts is None else self.thresholds(counts)
 
     def frontier(self, points: int) -> list[tuple[float, ...]]:
-        """Thresholds within as many budgets, from the dearest to the cheapest, the first never leaving early.
+        """Thresholds within as many budgets, by falling cost; the first never let a sample exit early.
 
-        None is dearer than another and no more accurate.
+        Except for the first, none cost more than others and are no more accurate.
         """
         cheapest = min(self.cost[k].item() for k in (*self.early, self.last))
         budgets = torch.linspace(cheapest, self.cost.max().item(), points, dtype=torch.float64)[:-1]
@@ -82,7 +82,7 @@ class ThresholdSearch:
         return ends[value(*self._measure(ends)).argmax()]
 
     def thresholds(self, counts: torch.Tensor) -> tuple[float, ...]:
-        """Those that let ``counts`` (E,) of the samples leave: halfway between the last that does and the next."""
+        """Thresholds that ``counts`` (E,) of the samples reach: halfway between the last that does and the next."""
         found = []
         for k, count in enumerate(counts.tolist()):
             if k == self.last or count == self.samples:
@@ -96,7 +96,7 @@ class ThresholdSearch:
         return tuple(found)
 
     def improve(self, counts: torch.Tensor, value: Value) -> torch.Tensor:
-        """Counts (E,) of which no single one can be changed for the better, from given ones."""
+        """Counts (E,) that no change of a single count improves, starting from given ones."""
         counts = counts.clone()
         for _ in range(ROUNDS):
             before = counts.clone()
@@ -110,7 +110,7 @@ class ThresholdSearch:
         leaves = self._leaves(counts)
         reach = ~leaves[:k].any(0)
         leaves[k] = False
-        stays = leaves.int().argmax(0)  # where each sample ends if nobody leaves at exit k
+        stays = leaves.int().argmax(0)  # each sample's exit if none leaves at exit k
         correct, cost = self._of(self.correct, stays), self.cost[stays]
         gain = (self.correct[k] - correct) * reach
         spent = (self.cost[k] - cost) * reach
@@ -124,7 +124,7 @@ class ThresholdSearch:
 
     @staticmethod
     def _from(start: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
-        """The sum of ``start``, and after each of the ``changes``: whole numbers stay exact in float64."""
+        """The sum of ``start``, then that sum after each of the ``changes``; whole numbers stay exact in float64."""
         return start.sum() + torch.cat([changes.new_zeros(1), changes.cumsum(0)])
 
     def _leaves(self, counts: torch.Tensor) -> torch.Tensor:
@@ -143,26 +143,26 @@ class ThresholdSearch:
         return 100 * (correct / self.samples), torch.stack([self.cost[row].sum() for row in exits]) / self.samples
 
     def _starts(self) -> torch.Tensor:
-        """Counts (M, E), no two the same."""
-        nobody = torch.zeros(self.last + 1, dtype=torch.int64)
-        found = [nobody]
+        """Distinct counts (M, E) that the search starts from."""
+        none = torch.zeros(self.last + 1, dtype=torch.int64)
+        found = [none]
         for k in self.early:
-            found.append(nobody.clone())
+            found.append(none.clone())
             found[-1][k] = self.samples
         allowed = torch.tensor([*self.early, self.last])
         for ratio in GEOMETRIC_RATIOS:
             fractions = geometric_exit_fractions(ratio, len(allowed))
-            thresholds = _thresholds(self.confidences[allowed], fractions)
-            found.append(nobody.clone())
+            thresholds = official_thresholds(self.confidences[allowed], fractions)
+            found.append(none.clone())
             found[-1][allowed] = (self.confidences[allowed] >= thresholds[:, None]).sum(1)
         found[:] = [counts.where(torch.arange(len(counts)) < self.last, 0) for counts in found]
         for price in PRICES:
             value = _priced(price / self.cost[-1].item())
-            found.append(self.improve(self._if_all_came(value), value))
-        return torch.stack(found).unique(dim=0)  # sorted: nobody leaves in the first
+            found.append(self.improve(self._if_each_saw_all(value), value))
+        return torch.stack(found).unique(dim=0)  # sorted: in the first, no sample exits early
 
-    def _if_all_came(self, value: Value) -> torch.Tensor:
-        """The best count of each exit, deep to shallow, if no sample had left before it."""
+    def _if_each_saw_all(self, value: Value) -> torch.Tensor:
+        """The best count of each exit, deep to shallow, if no sample had exited before it."""
         counts = torch.zeros(self.last + 1, dtype=torch.int64)
         for k in reversed(self.early):
             counts[k] = self._best_count(k, counts, value)
@@ -174,12 +174,12 @@ def _priced(price: float) -> Value:
 
 
 def within_budget(budget: float, last: float) -> Value:
-    """The more accurate the better, if not dearer than ``budget``; of two as accurate the cheaper."""
+    """Value of accuracy at a cost of at most ``budget``; of equally accurate choices the cheaper is better."""
     return lambda accuracy, cost: torch.where(cost <= budget, accuracy - _TIE * cost / last, -math.inf)
 
 
 def at_accuracy(least: float, last: float) -> Value:
-    """The cheaper the better, if not less accurate than ``least``; of two as cheap the more accurate."""
+    """Value of low cost at an accuracy of at least ``least``; of equally cheap choices the more accurate is better."""
     return lambda accuracy, cost: torch.where(accuracy >= least, _TIE * accuracy - cost / last, -math.inf)
 
 

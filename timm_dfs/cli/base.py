@@ -21,6 +21,7 @@ from ..data.datasets import follow_run
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from ..pretrained.packaged import CONFIG_FILE
+from ..pretrained.sources import PREFIXES, check_named
 from ..training.run import read_run
 
 
@@ -80,7 +81,6 @@ ModelKwargs = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DEFAULT_PRESET = "balanced"
-SOURCES = ("hf-hub:", "local-dir:")
 
 
 def one_line_errors(command: Callable) -> Callable:
@@ -127,12 +127,13 @@ def create(
         name, checkpoint, kwargs = run.model, Path(name), run.model_args
     kwargs.update(_parse(model_kwargs or []))
     name = as_source(name)
-    ours = name.startswith(SOURCES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
+    ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
     if not ours:
         near = difflib.get_close_matches(name, timm.list_models("dfs_*"), n=3)
         similar = f"similar names are {', '.join(near)}; " if near else ""
         raise ValueError(f"There is no model {name!r}; {similar}'timm-dfs list' shows those there are.")
     overlay = dict(file=str(checkpoint)) if checkpoint else None
+    check_named(name)
     try:
         model = timm.create_model(
             name, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay, **kwargs
@@ -156,7 +157,7 @@ def as_source(name: str) -> str:
     Raises:
         ValueError: If the folder holds no model.
     """
-    if name.startswith(SOURCES) or timm.is_model(name.split(".")[0]) or not Path(name).is_dir():
+    if name.startswith(PREFIXES) or timm.is_model(name.split(".")[0]) or not Path(name).is_dir():
         return name
     if not (Path(name) / CONFIG_FILE).is_file():
         raise ValueError(
@@ -168,7 +169,7 @@ def as_source(name: str) -> str:
 
 def has_weights(name: str) -> bool:
     """Whether a model of that name, or a checkpoint, comes with trained exits."""
-    return Path(name).is_file() or as_source(name).startswith(SOURCES) or is_model_pretrained(name)
+    return Path(name).is_file() or as_source(name).startswith(PREFIXES) or is_model_pretrained(name)
 
 
 def _parse(pairs: list[str]) -> dict[str, Any]:

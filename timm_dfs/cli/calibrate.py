@@ -6,20 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibration.fit import check_budget, check_loss
+from ..calibration.fit import check_accuracy_drop, check_budget
 from ..calibration.presets import NAMED, fit_presets, halves
-from ..calibration.risk import check_confidence
+from ..calibration.risk import check_confidence_level
+from ..calibration.seen import is_test
 from ..calibration.temperature import fit_temperatures
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, collect_logits
-from ..evaluation.flops import exit_flops, last_exit_flops
+from ..evaluation.flops import Costs
 from ..hub.folder import write_presets
 from ..inference.confidence import CONFIDENCES, PATIENCE
 from ..inference.policy import ExitPolicy
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
 from .source import BatchSize, DataDir, Dataset, InputKey, TargetKey, Workers, data_of, tracked
 
-_NAMED = ", ".join(f"{name} {loss:g}" for name, loss in NAMED.items())
+_NAMED = ", ".join(f"{name} {drop:g}" for name, drop in NAMED.items())
 
 
 @command("calibrate")
@@ -37,23 +38,25 @@ def calibrate(
     target_key: TargetKey = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(help="A further preset: most multiply-adds on average; up to 1, a share of the last exit alone."),
+        typer.Option(
+            help="A further preset: largest mean multiply-adds; a value up to 1 is a share of the last exit alone."
+        ),
     ] = None,
-    loss: Annotated[
+    max_accuracy_drop: Annotated[
         list[float] | None,
-        typer.Option(help="A further preset: most percentage points of accuracy below the last exit."),
+        typer.Option(help="A further preset: largest drop in accuracy below the last exit, percentage points."),
     ] = None,
-    confidence: Annotated[
+    confidence_level: Annotated[
         float | None,
         typer.Option(
-            help="E.g. 0.95: fit on half of the split, and bound the loss with this probability on the other."
+            help="E.g. 0.95: fit on half of the split, and on the other half bound the drop with this probability."
         ),
     ] = None,
     by: Annotated[
-        str, typer.Option(help=f"What thresholds are on: {', '.join([*CONFIDENCES, PATIENCE])}.")
+        str, typer.Option(help=f"Confidence that thresholds are compared with: {', '.join([*CONFIDENCES, PATIENCE])}.")
     ] = "max_prob",
     output: Annotated[
-        Path | None, typer.Option(help="The model's folder, whose config.json gets the presets, or a new one.")
+        Path | None, typer.Option(help="Folder of the model, whose config.json gets the presets, or a new folder.")
     ] = None,
     batch_size: BatchSize = 128,
     workers: Workers = 1,
@@ -65,28 +68,30 @@ def calibrate(
     where = data_of(
         model_name, None, dataset=dataset, root=data_dir, split=split, input_key=input_key, target_key=target_key
     )
-    if where["split"].partition("[")[0] == "test":
+    if is_test(where["split"]):
         raise ValueError(
-            f"--split is {where['split']}; the test split is for final figures: give one held out of training, e.g. "
-            "'train[45000:]'."
+            f"--split is {where['split']}; the test split is for final figures: give one held out of training, "
+            "e.g. 'train[45000:]'."
         )
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output is {output}; there is no folder {output.parent}.")
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
-    flops, whole = exit_flops(model, lazy=True), last_exit_flops(model)
+    costs = Costs(model)
+    flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
     budgets = [value * whole if value <= 1 else value for value in budget or ()]
-    _check(flops, budgets, loss or (), confidence, by)
+    drops = max_accuracy_drop or ()
+    _check(flops, budgets, drops, confidence_level, by)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
     data = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
-    val, held_out = (data, None) if confidence is None else halves(data)
+    val, held_out = (data, None) if confidence_level is None else halves(data)
     temperatures = None if by == PATIENCE else fit_temperatures(*val)
     points = fit_presets(
         val,
         flops,
         budgets=budgets,
-        losses=loss or (),
+        max_accuracy_drops=drops,
         held_out=held_out,
-        probability=confidence or 0.95,
+        confidence_level=confidence_level or 0.95,
         confidence=by,
         temperatures=temperatures,
         dataset=where["dataset"].removeprefix("hfds/") or str(where["root"]),
@@ -111,34 +116,34 @@ def calibrate(
         )
     headers = ["preset", "top-1, %", "multiply-adds, M", "share", "exits"]
     if held_out is not None:
-        headers.append("loss at most")
+        headers.append("drop at most")
     table = make_table(*headers, title=f"{model_name}: fitted on {len(val[1])} samples of {where['split']}")
     for name, point in points.items():
         row: list[Any] = [name, f"{point.accuracy:.2f}", millions(point.average_flops)]
         row += [f"{point.average_flops / whole:.0%}", str(len(point.policy.answering))]
-        table.add_row(*row, *([] if point.risk is None else [f"{point.risk.at_most:.2f}"]))
+        table.add_row(*row, *([] if point.risk is None else [f"{point.risk.max_accuracy_drop:.2f}"]))
     console.print(table)
     console.print(
-        f"The last exit has {last_exit:.2f} % and alone takes {millions(whole)} M, of which shares are. Most points "
-        f"below it: {_NAMED}. On other samples expect somewhat less: thresholds were chosen on these."
+        f"The last exit has {last_exit:.2f} % and alone costs {millions(whole)} M (share 100 %). Largest drops "
+        f"below it, in points: {_NAMED}. Accuracy on other samples is somewhat lower: thresholds were chosen on these."
     )
     if held_out is not None:
         console.print(
-            f"Loss at most: points below the last exit on samples to come, each with probability {confidence:g}, from "
-            f"{len(held_out[1])} further samples."
+            f"Drop at most: points below the last exit on samples to come, each with probability {confidence_level:g}, "
+            f"bounded on {len(held_out[1])} further samples."
         )
     if output is not None:
         console.print(f"Written to {output}")
 
 
 def _check(
-    flops: Sequence[float], budgets: Sequence[float], losses: Sequence[float], confidence: float | None, by: str
+    flops: Sequence[float], budgets: Sequence[float], drops: Sequence[float], confidence_level: float | None, by: str
 ) -> None:
-    """What is wrong with the options is said before minutes are spent on logits."""
+    """Check the options before logits are collected, which takes minutes."""
     ExitPolicy([0.0], by)
     for budget in budgets:
         check_budget(budget, flops)
-    for loss in losses:
-        check_loss(loss)
-    if confidence is not None:
-        check_confidence(confidence)
+    for drop in drops:
+        check_accuracy_drop(drop)
+    if confidence_level is not None:
+        check_confidence_level(confidence_level)

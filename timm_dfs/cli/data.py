@@ -73,7 +73,7 @@ def show_conflict(
     plot: Annotated[Path | None, typer.Option(help="File for a heat map, layers by pairs of exits.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How far the exits pull the weights they share apart. --model-kwargs beta=None: as joint training would."""
+    """How far the exits pull the weights they share apart. --model-kwargs beta=joint: as joint training would."""
     where = data.where(model_name)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     data.prepare(model)

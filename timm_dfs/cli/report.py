@@ -8,6 +8,7 @@ import torch
 import typer
 
 from ..base.model import MultiExitModel
+from ..calibration.seen import is_test, refuse_fitted_split
 from ..data.datasets import dataset_loader
 from ..data.images import labels_of
 from ..evaluation.accuracy import collect_logits
@@ -56,7 +57,7 @@ def report(
     training, epochs = training_of(model_name, checkpoint)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     name = where["dataset"].removeprefix("hfds/") or where["root"]
-    _check_presets(model, name, where["split"])
+    refuse_fitted_split(model.presets, name, where["split"])
     loading: dict[str, Any] = dict(batch_size=batch_size, workers=workers)
     val_loader = dataset_loader(model, **{**where, "split": val_split}, **loading) if val_split else None
     loader = dataset_loader(model, **where, **loading)
@@ -97,21 +98,11 @@ def report(
 def _check_val_split(val_split: str | None, split: str) -> None:
     if val_split is None:
         return
-    if val_split == split or val_split.partition("[")[0] == "test":
+    if val_split == split or is_test(val_split):
         raise ValueError(
             f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that is neither "
             "measured on nor test, held out of training, e.g. 'train[45000:]'."
         )
-
-
-def _check_presets(model: MultiExitModel, dataset: str, split: str) -> None:
-    """Presets are not measured on what they were fitted to, as far as the model says what that was."""
-    for name, preset in model.presets.items():
-        source = preset.get("fitted_on", {})
-        if (source.get("dataset"), source.get("split")) == (dataset, split):
-            raise ValueError(
-                f"The preset {name!r} was fitted on {split} of {dataset}, which would flatter it; give another --split."
-            )
 
 
 def _time(model: MultiExitModel, loader: Any, samples: int, seconds: float) -> tuple[list[Timing], list[str]]:

@@ -1,4 +1,4 @@
-"""What is known of CIFAR-100 (Krizhevsky, 2009), as timm's ``PretrainedCfg`` wants it."""
+"""CIFAR-100 (Krizhevsky, 2009): class names, and image size and statistics as fields of timm's ``PretrainedCfg``."""
 
 LABEL_NAMES = tuple(
     """

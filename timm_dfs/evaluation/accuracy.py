@@ -1,4 +1,4 @@
-"""What each exit is worth over a whole data set."""
+"""Accuracy and calibration of each exit over a data set."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,23 +7,31 @@ import torch
 
 from ..base.evaluating import as_images, evaluating, require_exits
 from ..base.model import MultiExitModel
-from ..calibration.logits import check_finite, check_targets
+from ..calibration.logits import check_finite, check_targets, warn_of_probabilities
 
 
 def collect_logits(
     model: MultiExitModel, loader: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of every exit for every sample of a loader, in its order.
+    """Collect the logits of every exit for every sample of a loader, in its order.
 
     Args:
-        model: A network with exits; evaluated in eval mode and left in the mode it was in.
-        loader: Batches of images (B, in_chans, H, W) and targets (B,); moved to the model's device and type.
+        model: A network with exits; it is evaluated in eval mode and returned to the mode it was in.
+        loader: Batches of images (B, in_chans, H, W) and targets (B,); images are moved to the model's device and type.
 
     Returns:
         Logits (E, N, C) in float32 and targets (N,), both on the CPU.
 
     Raises:
-        ValueError: If the loader is empty.
+        ValueError: If the loader is empty, or a batch has not one target per image.
+
+    Example:
+        >>> import timm, torch, timm_dfs
+        >>> model = timm.create_model("dfs_vgg7_cifar100", depths=(1, 1), widths=(8, 16), num_classes=10)
+        >>> loader = [(torch.randn(4, 3, 32, 32), torch.arange(4)) for _ in range(3)]
+        >>> logits, targets = timm_dfs.collect_logits(model, loader)
+        >>> logits.shape, targets.shape
+        (torch.Size([2, 12, 10]), torch.Size([12]))
     """
     require_exits(model)
     logits, targets = [], []
@@ -31,12 +39,14 @@ def collect_logits(
         for x, target in loader:
             if target.shape != x.shape[:1]:
                 raise ValueError(f"A batch has {len(x)} images but targets of shape {tuple(target.shape)}; give (B,).")
-            answers = torch.stack(model.forward_exits(as_images(model, x)))
-            logits.append(answers.float().cpu())
+            of_exits = torch.stack(model.forward_exits(as_images(model, x)))
+            logits.append(of_exits.float().cpu())
             targets.append(target.cpu())
     if not logits:
         raise ValueError("The loader gave no batch; check the data set and split.")
-    return torch.cat(logits, 1), torch.cat(targets)
+    collected = torch.cat(logits, 1)
+    warn_of_probabilities(collected)
+    return collected, torch.cat(targets)
 
 
 def anytime_accuracy(logits: torch.Tensor, targets: torch.Tensor, topk: int = 1) -> torch.Tensor:
@@ -45,19 +55,25 @@ def anytime_accuracy(logits: torch.Tensor, targets: torch.Tensor, topk: int = 1)
     Args:
         logits: Logits (E, N, C).
         targets: Targets (N,).
-        topk: Count an answer as right if the target is among the ``topk`` largest logits.
+        topk: A prediction is correct if the target is among the ``topk`` largest logits.
 
     Returns:
         Accuracy (E,), percent, float32.
 
     Raises:
         ValueError: If shapes disagree, there is no sample, or ``topk`` is not in 1 … C.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> logits = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 1.0, 2.0]], [[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]])
+        >>> timm_dfs.anytime_accuracy(logits, torch.tensor([0, 2]))  # 2 exits, 2 samples, 3 classes
+        tensor([ 50., 100.])
     """
     _check(logits, targets)
     if not 1 <= topk <= logits.shape[-1]:
         raise ValueError(f"topk is {topk}; there are {logits.shape[-1]} classes.")
-    right = (logits.topk(topk).indices == targets[:, None]).any(-1)
-    return 100 * right.float().mean(1)
+    correct = (logits.topk(topk).indices == targets[:, None]).any(-1)
+    return 100 * correct.float().mean(1)
 
 
 def calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> torch.Tensor:
@@ -73,6 +89,12 @@ def calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 1
 
     Raises:
         ValueError: If shapes disagree, there is no sample, or ``bins`` is not positive.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> logits = torch.tensor([[[0.8, 0.2]] * 4]).log()  # 1 exit, 4 samples: a confidence of 80 %
+        >>> timm_dfs.calibration_error(logits, torch.tensor([0, 0, 1, 1]))  # but 50 % correct
+        tensor([0.3000])
     """
     found = reliability(logits, targets, bins)
     gap = (found.accuracy - found.confidence).abs() * found.share
@@ -80,12 +102,12 @@ def calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 1
 
 
 class Reliability(NamedTuple):
-    """What each exit is right about, by how sure it is.
+    """Accuracy of each exit by confidence.
 
     Attributes:
         share: Share of the samples in each bin of confidence (E, bins).
-        accuracy: Share of those that are right (E, bins); NaN where there are none.
-        confidence: Their mean confidence (E, bins); NaN where there are none.
+        accuracy: Share of a bin's samples that are predicted correctly (E, bins); NaN in an empty bin.
+        confidence: Mean confidence of a bin's samples (E, bins); NaN in an empty bin.
     """
 
     share: torch.Tensor
@@ -94,12 +116,12 @@ class Reliability(NamedTuple):
 
 
 def reliability(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> Reliability:
-    """A reliability diagram of each exit (Guo et al., ICML 2017, section 2).
+    """Compute the reliability diagram of each exit (Guo et al., ICML 2017, section 2).
 
     Args:
         logits: Logits (E, N, C).
         targets: Targets (N,).
-        bins: Number of equally wide bins of confidence, the largest softmax probability; each holds its upper end.
+        bins: Number of equally wide bins of confidence, the largest softmax probability; a bin includes its upper end.
 
     Raises:
         ValueError: If shapes disagree, there is no sample, or ``bins`` is not positive.
@@ -107,38 +129,40 @@ def reliability(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> 
     _check(logits, targets)
     if bins < 1:
         raise ValueError(f"bins is {bins}; give at least 1.")
-    confidence, answer = logits.softmax(-1, dtype=torch.float32).max(-1)
+    warn_of_probabilities(logits)
+    confidence, predicted = logits.softmax(-1, dtype=torch.float32).max(-1)
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    count, right, sure = (
+    count, correct, total = (
         torch.zeros(len(logits), bins, dtype=torch.float64).scatter_add_(1, index, values.double())
-        for values in (torch.ones_like(confidence), answer == targets, confidence)
+        for values in (torch.ones_like(confidence), predicted == targets, confidence)
     )
-    return Reliability(count / len(targets), right / count, sure / count)
+    return Reliability(count / len(targets), correct / count, total / count)
 
 
 def risk_coverage(logits: torch.Tensor, targets: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """How often each exit errs that answers only what it is surest of (Geifman and El-Yaniv, NeurIPS 2017, section 2).
+    """Error of each exit on its most confident samples (Geifman and El-Yaniv, NeurIPS 2017, section 2).
 
     Args:
         logits: Logits (E, N, C).
         targets: Targets (N,).
 
     Returns:
-        For each exit coverage and risk, shares in float64: one value for each different confidence, the largest softmax
-        probability, from the surest samples alone to all of them. Samples that are equally sure come together.
+        For each exit coverage and risk, shares in float64: one value for each distinct confidence, the largest softmax
+        probability, from the most confident samples alone to all. Samples of equal confidence are taken together.
 
     Raises:
         ValueError: If shapes disagree or there is no sample.
     """
     _check(logits, targets)
-    confidence, answer = logits.softmax(-1, dtype=torch.float32).max(-1)
-    wrong = (answer != targets).double()
-    answered = torch.arange(1, len(targets) + 1, dtype=torch.float64)
+    warn_of_probabilities(logits)
+    confidence, predicted = logits.softmax(-1, dtype=torch.float32).max(-1)
+    wrong = (predicted != targets).double()
+    count = torch.arange(1, len(targets) + 1, dtype=torch.float64)
     curves = []
-    for sure, errors in zip(confidence, wrong, strict=True):
-        order = sure.argsort(descending=True)
-        last = torch.cat([sure[order].diff() != 0, torch.tensor([True])])
-        curves.append(((answered / len(targets))[last], (errors[order].cumsum(0) / answered)[last]))
+    for of_exit, errors in zip(confidence, wrong, strict=True):
+        order = of_exit.argsort(descending=True)
+        last = torch.cat([of_exit[order].diff() != 0, torch.tensor([True])])
+        curves.append(((count / len(targets))[last], (errors[order].cumsum(0) / count)[last]))
     return curves
 
 

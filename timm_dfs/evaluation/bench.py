@@ -1,4 +1,4 @@
-"""How fast early exit is, against the network without it and the network cut off at each exit."""
+"""Speed of early exit, compared with the last exit alone and with each earlier exit alone."""
 
 import math
 import statistics
@@ -14,35 +14,39 @@ from ..base.model import MultiExitModel
 from ..calibration.budgeted_batch import find_thresholds, geometric_exit_fractions
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import predict
-from .flops import exit_flops, last_exit_flops
+from .flops import Costs
 
 LAST_EXIT = "last exit alone"
-"""The rival: the network without early exits, no other head computed."""
+"""The baseline: the network without early exits, no other head computed."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How fast one way to answer is at one batch size.
+    """Speed of one way to predict at one batch size.
 
     Attributes:
-        way: The last exit alone, a network cut off at an exit, or a policy by its name.
-        batch_size: Images a batch.
-        images_per_second: By the mean batch, the slowest tenth left out.
-        p50, p95, p99: Milliseconds that a batch takes, or less, in that share of the rounds.
-        speedup: Images per second over those of the last exit alone, of the same rounds.
-        cost_ratio: The last exit alone's multiply-adds over this one's mean on these images.
-        achieved: ``speedup / cost_ratio``: 1 where it is as fast as its arithmetic says.
+        way: The last exit alone, the network cut off at an earlier exit, or the name of a policy.
+        batch_size: Images per batch.
+        images_per_second: By the mean time of a batch, the slowest tenth of the batches left out.
+        p50: Median time of a batch, milliseconds.
+        p95: Time within which 95 % of the batches are done; ``None`` for fewer than 20 batches.
+        p99: Time within which 99 % of the batches are done; ``None`` for fewer than 100 batches.
+        speedup: Images per second over those of the last exit alone.
+        cost_ratio: Multiply-adds of the last exit alone over this way's, on the same images as ``speedup``.
+        achieved: ``speedup / cost_ratio``: 1 where time falls as much as multiply-adds do.
+        rounds: Number of batches timed.
     """
 
     way: str
     batch_size: int
     images_per_second: float
     p50: float
-    p95: float
-    p99: float
+    p95: float | None
+    p99: float | None
     speedup: float
     cost_ratio: float
     achieved: float
+    rounds: int
 
 
 def measure(
@@ -53,20 +57,21 @@ def measure(
     seconds: float = 10.0,
     least_rounds: int = 5,
 ) -> list[Timing]:
-    """Time a network with policies against its last exit alone and against each exit alone.
+    """Time a network with policies, and for comparison its last exit alone and each earlier exit alone.
 
-    All ways take turns, batch by batch, so that what else the machine does hits all of them.
+    All ways take turns on the same batch, so that other load on the machine affects all of them. Under autocast, times
+    are of autocast; multiply-adds are the same.
 
     Args:
-        model: A network with exits, as it is to be run; :func:`timm_dfs.fuse` makes it faster.
-        images: (N, C, H, W), on the model's device and in its memory format; batches are drawn from them in turn.
+        model: A network with exits, as it will be run; :func:`timm_dfs.fuse` makes it faster.
+        images: (N, C, H, W), on the model's device and in its memory format; batches are taken from them in turn.
         policies: Operating points by name.
-        batch_sizes: Images a batch.
-        seconds: How long to measure each batch size, warm-up not included.
-        least_rounds: Rounds to measure even if they take longer.
+        batch_sizes: Images per batch.
+        seconds: Time to measure each batch size for, warm-up not included.
+        least_rounds: Least number of batches to measure, even if they take longer.
 
     Returns:
-        For each batch size the last exit alone, each early exit alone, each policy.
+        For each batch size: the last exit alone, each earlier exit alone, each policy.
 
     Raises:
         ValueError: If there are fewer images than the largest batch, or a policy does not fit.
@@ -76,19 +81,20 @@ def measure(
         raise ValueError(f"batch_sizes is {tuple(batch_sizes)}; give some in 1 … {len(images)}, the number of images.")
     for policy in policies.values():
         policy.check_exits(model.num_exits)
-    size = tuple(images.shape[1:])
+    counted = Costs(model, tuple(images.shape[1:]))
     ways: dict[str, Callable[[torch.Tensor], object]] = {LAST_EXIT: model}
-    full = last_exit_flops(model, size)
-    costs: dict[str, float] = {LAST_EXIT: full}
+    every_image = torch.ones(len(images), dtype=torch.float64)
+    costs = {LAST_EXIT: counted.of_last_exit_alone() * every_image}  # of each image
+    alone = counted.of_exits(lazy=True, heads=())
     for k in range(model.num_exits - 1):
         ways[f"exit {k} alone"] = partial(model.walk, visit=_ignore, exits=(k,))
-        costs[f"exit {k} alone"] = exit_flops(model, size, lazy=True, heads=(k,))[k]
+        costs[f"exit {k} alone"] = alone[k] * every_image
     with evaluating(model), torch.inference_mode():
         for name, policy in policies.items():
             ways[name] = partial(predict, model, policy=policy)
-            by_exit = torch.tensor(exit_flops(model, size, lazy=True, heads=policy.answering), dtype=torch.float64)
+            by_exit = torch.tensor(counted.of_exits(lazy=True, heads=policy.answering), dtype=torch.float64)
             left = torch.cat([predict(model, x, policy).exit_index for x in images.split(max(batch_sizes))])
-            costs[name] = by_exit[left.cpu()].mean().item()
+            costs[name] = by_exit[left.cpu()]
         return [
             timing
             for batch_size in batch_sizes
@@ -102,7 +108,7 @@ def _ignore(exit_index: int, logits: torch.Tensor) -> None:
 
 def _interleaved(
     ways: Mapping[str, Callable[[torch.Tensor], object]],
-    costs: Mapping[str, float],
+    costs: Mapping[str, torch.Tensor],
     images: torch.Tensor,
     batch_size: int,
     seconds: float,
@@ -121,15 +127,19 @@ def _interleaved(
             _wait(images.device)
             took[name].append(1e3 * (time.perf_counter() - before))
         rounds += 1
-    # A policy takes longer over some batches than over others, so the mean counts; without the slowest rounds, in which
-    # the machine did something else.
-    typical = {name: _trimmed_mean(times) for name, times in took.items()}
+    # A policy takes longer for some batches than for others, so means are compared, and of the same batches for every
+    # way, in time and in multiply-adds. Left out are the slowest rounds, in which the machine did something else.
+    by_time = sorted(range(rounds), key=lambda i: sum(times[i] for times in took.values()))
+    kept = by_time[: math.ceil(0.9 * rounds)]
+    typical = {name: statistics.fmean(times[i] for i in kept) for name, times in took.items()}
+    of_batch = {name: [part.mean().item() for part in cost.split(batch_size)] for name, cost in costs.items()}
+    cost = {name: statistics.fmean(of[i % len(batches)] for i in kept) for name, of in of_batch.items()}
     rows = []
     for name, times in took.items():
-        speedup, ratio = typical[LAST_EXIT] / typical[name], costs[LAST_EXIT] / costs[name]
-        p50, p95, p99 = (_percentile(times, share) for share in (0.5, 0.95, 0.99))
+        speedup, ratio = typical[LAST_EXIT] / typical[name], cost[LAST_EXIT] / cost[name]
+        p50, p95, p99 = statistics.median(times), _percentile(times, 95), _percentile(times, 99)
         speed = 1e3 * batch_size / typical[name]
-        rows.append(Timing(name, batch_size, speed, p50, p95, p99, speedup, ratio, speedup / ratio))
+        rows.append(Timing(name, batch_size, speed, p50, p95, p99, speedup, ratio, speedup / ratio, rounds))
     return rows
 
 
@@ -138,17 +148,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _trimmed_mean(times: Sequence[float]) -> float:
-    """The mean without the slowest tenth."""
-    return statistics.fmean(sorted(times)[: math.ceil(0.9 * len(times))])
-
-
-def _percentile(times: Sequence[float], share: float) -> float:
-    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
+def _percentile(times: Sequence[float], percent: int) -> float | None:
+    """The least time that so many percent of ``times`` do not exceed; ``None`` if fewer than one time is beyond it."""
+    beyond = len(times) * (100 - percent) // 100
+    return sorted(times)[-1 - beyond] if beyond >= 1 else None
 
 
 def exits_logits(model: MultiExitModel, images: torch.Tensor) -> torch.Tensor:
-    """Logits (E, N, C) of every exit for images (N, C, H, W), in float32 on the CPU."""
+    """Logits (E, N, C) of all exits for images (N, C, H, W), in float32 on the CPU."""
     with evaluating(model), torch.inference_mode():
         return torch.cat([torch.stack(model.forward_exits(x)) for x in images.split(128)], 1).float().cpu()
 
@@ -156,23 +163,24 @@ def exits_logits(model: MultiExitModel, images: torch.Tensor) -> torch.Tensor:
 def halving_policy(
     model: MultiExitModel, logits: torch.Tensor, input_size: Sequence[int], exits: Collection[int] | None = None
 ) -> ExitPolicy:
-    """Thresholds with which images cost on average half of the last exit alone, by geometric exit fractions.
+    """Fit thresholds with which images cost on average half of the last exit alone, by geometric exit fractions.
 
-    They are fixed on those images themselves, without labels: good for timing, worth nothing for accuracy.
+    They are fitted to the images that are timed, without labels: they serve timing and say nothing about accuracy.
 
     Args:
         model: A network with exits.
-        logits: The images' logits (E, N, C), from :func:`exits_logits`.
-        input_size: Their (channels, height, width).
-        exits: The exits that may answer, besides the last; all by default.
+        logits: Logits (E, N, C) of the images, from :func:`exits_logits`.
+        input_size: (channels, height, width) of the images.
+        exits: Earlier exits that may be active; by default all.
     """
     last = model.num_exits - 1
-    heads = sorted({*(range(last) if exits is None else exits), last})
-    costs = torch.tensor(exit_flops(model, input_size, lazy=True, heads=heads), dtype=torch.float64)
+    active = sorted({*(range(last) if exits is None else exits), last})
+    counted = Costs(model, input_size)
+    costs = torch.tensor(counted.of_exits(lazy=True, heads=active), dtype=torch.float64)
     policies = []
     for p in range(1, 151):
         fractions = torch.zeros(model.num_exits)
-        fractions[heads] = geometric_exit_fractions(p / 50, len(heads))
+        fractions[active] = geometric_exit_fractions(p / 50, len(active))
         policies.append(ExitPolicy(find_thresholds(logits, fractions)))
-    half = last_exit_flops(model, input_size) / 2
+    half = counted.of_last_exit_alone() / 2
     return min(policies, key=lambda policy: abs(costs[policy.exit_index(logits)].mean().item() - half))

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine that figures are measured on."""
 
 import platform
 from pathlib import Path
@@ -16,11 +16,11 @@ def processor() -> str:
 
 
 def threads() -> str:
-    """How many threads torch computes with here, in words."""
+    """Number of threads that torch computes with, e.g. ``"2 threads"``."""
     count = torch.get_num_threads()
     return f"{count} thread{'s' * (count != 1)}"
 
 
 def describe_machine() -> str:
-    """Processor, threads and versions, to print beside what was measured."""
+    """Processor, threads and versions, to print beside measurements."""
     return f"{processor()}, {threads()}, torch {torch.__version__}, timm {timm.__version__}"

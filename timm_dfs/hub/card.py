@@ -1,4 +1,4 @@
-"""Cards: Markdown with the Hub's metadata, made from measured results and the files in templates/ alone."""
+"""Model cards: Markdown with the Hub's metadata, generated from measured results and the files in templates/ only."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import jinja2
 import yaml
 from huggingface_hub import ModelCardData
 
-from ..base.partition import JOINT
 from ..pretrained.packaged import CONFIG_FILE
 from . import curve
 from .folder import CARD_FILE, CURVE_FILE, RESULTS_FILE
@@ -30,12 +29,12 @@ _TEMPLATES.globals["millions"] = lambda count: f"{count / 1e6:.1f}"
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a card says of a data set.
+    """Facts about a data set for a model card.
 
     Attributes:
         title: Its name in a sentence.
-        limits: What a model of it cannot know.
-        paper_epochs: For how long the paper trains on it.
+        limits: Limits of a model that was trained on it.
+        paper_epochs: Number of epochs for which the paper trains on it.
     """
 
     title: str
@@ -46,15 +45,15 @@ class DataSet:
 DATA_SETS = {
     "uoft-cs/cifar100": DataSet(
         "CIFAR-100",
-        "CIFAR-100's images are 32×32 and its 100 classes are arbitrary.",
+        "The images of CIFAR-100 have 32×32 pixels, and its 100 classes are an arbitrary selection.",
         paper_epochs=300,
     )
 }
-"""By their id on the Hub."""
+"""Data sets by their id on the Hub."""
 
 
 def _data_set(name: str) -> DataSet:
-    return DATA_SETS.get(name, DataSet(name, f"The network knows the classes of {name} only."))
+    return DATA_SETS.get(name, DataSet(name, f"The network distinguishes only the classes of {name}."))
 
 
 def _read(folder: Path) -> tuple[dict, dict]:
@@ -70,7 +69,7 @@ def _exits(results: dict) -> list[dict]:
 
 
 def metadata(folder: Path) -> dict[str, Any]:
-    """What the Hub reads of a card, with one result in the model index for each exit."""
+    """Metadata of a card for the Hub, with one result in the model index for each exit."""
     results, _ = _read(folder)
     data = _data_set(results["dataset"])
     task = "image-classification"
@@ -82,7 +81,7 @@ def metadata(folder: Path) -> dict[str, Any]:
         base_model=results.get("base_model"),
         tags=[task, "timm", "timm-dfs", "early-exit", "multi-exit"],
     ).to_dict()
-    # ModelCardData would merge results that differ in their task's name only, so the index is written here.
+    # ModelCardData merges results that differ only in the name of their task, so the index is written here.
     card_data["model-index"] = [
         dict(
             name=results["model"],
@@ -103,17 +102,16 @@ def metadata(folder: Path) -> dict[str, Any]:
 
 
 def card(folder: Path) -> str:
-    """The card of a folder, from its results and config alone."""
+    """The card of a folder, from its results and config only."""
     results, config = _read(folder)
     arguments, training, data = config["model_args"], results.get("training", {}), _data_set(results["dataset"])
     measured = results["test"].get("presets", {})
-    beta = arguments["beta"]
     exits = _exits(results)
     return _TEMPLATES.get_template("model_card.md").render(
         metadata=yaml.safe_dump(metadata(folder), sort_keys=False, allow_unicode=True),
         name=results["model"],
         exits=exits,
-        beta=None if beta == JOINT else beta,
+        beta=arguments["beta"],
         referencing=arguments["referencing"],
         training=training,
         how=_how_trained(training),
@@ -150,7 +148,7 @@ def _settings(training: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _described(value: Any) -> str:
-    """A value of a preset or setting, whatever it is, in a line of text."""
+    """Any value of a preset or setting as one line of text."""
     if isinstance(value, dict):
         parts = []
         for key, item in value.items():
@@ -166,7 +164,7 @@ def _described(value: Any) -> str:
 
 
 def family_card(hub: Path) -> str:
-    """The card of all the models in a folder of model folders."""
+    """The card of all models in a folder of model folders."""
     models, points = [], []
     for folder in model_folders(hub):
         results, _ = _read(folder)
@@ -193,12 +191,12 @@ def model_folders(hub: Path) -> list[Path]:
 
 
 def generated(folder: Path) -> dict[str, str]:
-    """What is made from a folder's results and config: file names and contents."""
+    """The files that are generated from a folder's results and config: names and contents."""
     return {CARD_FILE: card(folder), CURVE_FILE: curve.draw(_read(folder)[0])}
 
 
 def write_card(folder: Path) -> list[Path]:
-    """Write what is made from a folder's results; and the family's card, if the folder lies in a checkout's hub.
+    """Write the files generated from a folder's results, and the family card if the folder is in a checkout's ``hub/``.
 
     Returns:
         The files written.
@@ -213,7 +211,7 @@ def write_card(folder: Path) -> list[Path]:
 
 
 def stale(folder: Path) -> list[str]:
-    """Names of the files in a folder that are not what its results make."""
+    """Names of the generated files of a folder that are missing or do not match its results."""
     return [
         name
         for name, text in generated(folder).items()

@@ -1,6 +1,6 @@
-"""Plots of one model, or of two: accuracy against compute, as an SVG that is the same, byte for byte, everywhere.
+"""Plots of accuracy against compute, of one model or two, as an SVG that is byte for byte the same on every machine.
 
-Drawn here and not by a plotting library because CI compares the file with what the results make, and a library's
+They are drawn here and not by a plotting library because CI compares the files with newly drawn ones, and a library's
 output changes with its version.
 """
 
@@ -24,12 +24,12 @@ Point = tuple[float, float]
 
 
 def draw(results: dict) -> str:
-    """An SVG of the budgeted batch curve, each exit on its own and the presets, from a model's results.
+    """Draw the budgeted batch curve, each single exit and the presets, from a model's results, as an SVG.
 
     The horizontal axis is millions of multiply-adds per image (lazy), the vertical one top-1 accuracy in percent.
     """
     curve, exits, presets = _curve(results), _exits(results), _presets(results)
-    legend = "line: early exit; dots: one exit for all; triangles: presets"
+    legend = "line: early exit; dots: single exits; triangles: presets"
     place, lines = _axes(f"{results['model']}: top-1 accuracy, %", legend, [*curve, *exits, *presets.values()])
     if curve:
         lines.append(_polyline("curve", map(place, curve)))
@@ -44,7 +44,7 @@ def draw(results: dict) -> str:
 
 
 def draw_two(title: str, results: dict, other: dict, names: tuple[str, str]) -> str:
-    """An SVG of two models' budgeted batch curves and exits, the other's dashed and hollow."""
+    """Draw two models' budgeted batch curves and exits as an SVG, the second model's dashed and hollow."""
     curves, exits = [_curve(results), _curve(other)], [_exits(results), _exits(other)]
     legend = f"{names[0]}: solid line, full dots; {names[1]}: dashed line, hollow dots"
     place, lines = _axes(title, legend, [point for points in (*curves, *exits) for point in points])
@@ -69,7 +69,7 @@ def _presets(results: dict) -> dict[str, Point]:
 
 
 def _axes(title: str, legend: str, points: list[Point]) -> tuple[Callable[[Point], Point], list[str]]:
-    """Where a point lies in a drawing that holds them all, and the drawing's beginning: title, grid and legend."""
+    """A function from a point to its place in a drawing of all points, and the drawing's title, grid and legend."""
     x_ticks = _ticks(0.0, max(x for x, _ in points))
     y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
 

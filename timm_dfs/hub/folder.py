@@ -1,4 +1,4 @@
-"""What is published of a model: one folder with weights, config, measured results, and what is made from them."""
+"""The folder in which a model is published: weights, config, measured results, and files generated from them."""
 
 import json
 import os
@@ -13,7 +13,10 @@ from timm.models._hub import save_config_for_hf
 
 from ..base.evaluating import evaluating
 from ..base.model import MultiExitModel
+from ..base.presets import presets_as_json
+from ..pretrained.checks import check_presets
 from ..pretrained.packaged import CONFIG_FILE, WEIGHTS_FILE
+from ..pretrained.sources import check_named
 
 RESULTS_FILE = "results.json"
 
@@ -23,14 +26,16 @@ CURVE_FILE = "curve.svg"
 
 
 def load(name: str, **kwargs: Any) -> MultiExitModel:
-    """``timm.create_model`` with weights, in eval mode.
+    """Create a model with its weights, in eval mode, as ``timm.create_model`` does.
 
     Raises:
         ValueError: If the network has no exits.
+        OSError: If it is on the Hub and its config cannot be downloaded or is damaged.
     """
+    check_named(name, kwargs.get("cache_dir"))
     model = timm.create_model(name, pretrained=True, **kwargs)
     if not isinstance(model, MultiExitModel):
-        raise ValueError(f"{name} is a network without exits.")
+        raise ValueError(f"{name} is a network without exits; give a dfs_* model.")
     return model.eval()
 
 
@@ -41,26 +46,31 @@ def full_name(model: MultiExitModel) -> str:
 
 
 def write_weights(model: MultiExitModel, folder: Path) -> None:
-    """Write a model's weights in half precision, and the config timm rebuilds it from, presets included."""
+    """Write a model's weights in half precision, and the config from which timm rebuilds it, presets included.
+
+    Raises:
+        ValueError: If half precision cannot hold a weight, or a preset does not fit the model.
+    """
+    check_presets(model.presets, model.num_exits)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for key, value in model.state_dict().items():
         weights[key] = (value.half() if value.is_floating_point() else value).contiguous()
         if not weights[key].isfinite().all():
             raise ValueError(
-                f"{key} does not fit into half precision, or was not finite: its largest value is {value.max()}."
+                f"{key} does not fit into half precision or is not finite: its largest value is {value.max()}."
             )
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     save_config_for_hf(model, str(folder / CONFIG_FILE))
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write what was measured."""
+    """Write measured results."""
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def golden_batch(model: MultiExitModel) -> torch.Tensor:
-    """Two images that are the same everywhere, to compare a model's logits on: (2, C, H, W)."""
+    """Two images that are the same on every machine, to compare a model's logits on: (2, C, H, W)."""
     shape = (2, *model.pretrained_cfg["input_size"])
     return torch.arange(torch.Size(shape).numel()).mul(0.37).sin().reshape(shape)
 
@@ -71,18 +81,29 @@ def golden_logits(model: MultiExitModel) -> list[list[list[float]]]:
         return torch.stack(model.forward_exits(golden_batch(model)))[:, :, :5].tolist()
 
 
-def write_presets(model: MultiExitModel, folder: Path) -> None:
+def write_presets(model: MultiExitModel, folder: str | Path) -> None:
     """Write a model's presets into the ``config.json`` beside its weights, or into a new folder with both.
 
-    The file, or the folder, is written under another name and renamed: it is there whole or not at all.
+    The file, or the folder, is written under another name and then renamed, so it is never incomplete.
 
     Args:
-        model: The model; its ``presets`` take the place of the folder's.
-        folder: One with the weights of this very model, or one that does not exist yet.
+        model: The model; its ``presets`` replace the folder's.
+        folder: A folder with the weights of this model, or one that does not exist yet.
 
     Raises:
-        ValueError: If the folder holds other weights, or no model.
+        ValueError: If the folder holds other weights or no model, or a preset does not fit the model.
+
+    Example:
+        >>> import tempfile, timm, timm_dfs
+        >>> model = timm.create_model("dfs_vgg7_cifar100", depths=(1, 1), widths=(4, 4))
+        >>> model.presets = {"fast": dict(thresholds=[0.9, 0.0])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     timm_dfs.write_presets(model, f"{folder}/vgg")
+        ...     timm.create_model(f"local-dir:{folder}/vgg", pretrained=True).presets
+        {'fast': {'thresholds': [0.9, 0.0]}}
     """
+    folder = Path(folder)
+    check_presets(model.presets, model.num_exits)
     if not folder.exists():
         new = folder.with_name(f".{folder.name}.new")
         save_for_hf(model, str(new), safe_serialization=True)
@@ -90,7 +111,7 @@ def write_presets(model: MultiExitModel, folder: Path) -> None:
         return
     _check_same(model, folder)
     config = json.loads((folder / CONFIG_FILE).read_text())
-    config.setdefault("model_args", {})["presets"] = model.presets
+    config.setdefault("model_args", {})["presets"] = presets_as_json(model.presets)
     new = folder / f".{CONFIG_FILE}.new"
     new.write_text(json.dumps(config, indent=2, allow_nan=False))
     os.replace(new, folder / CONFIG_FILE)

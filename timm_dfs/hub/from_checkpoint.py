@@ -1,7 +1,7 @@
-"""From a checkpoint of ``train.py``'s to a folder that can be published: weights, config, measured results, card.
+"""Export of a checkpoint of ``train.py`` to a folder that can be published: weights, config, measured results, card.
 
-Thresholds are fixed on a split held out of training; the test split is only measured. What is measured is the file that
-is shipped, in half precision.
+Thresholds are fitted on a held-out split; the test split is only measured. The weights that are measured are those of
+the exported file, in half precision.
 """
 
 import shutil
@@ -61,21 +61,21 @@ def export(
     facts: dict[str, Any],
     tag: str | None = None,
 ) -> None:
-    """Write the whole folder of a trained network; a folder that was there stays until the new one is whole.
+    """Write the complete folder of a trained network. An existing folder is kept until the new one is complete.
 
     Args:
         model: The network.
-        folder: Where to.
-        collect: Called with the shipped network and a split's name.
-        held_out: The split that thresholds are fixed on.
-        test: The split that is measured.
-        facts: More entries for the results: ``dataset``, ``training``, ``base_model``.
+        folder: The folder to write.
+        collect: Function from the exported network and a split's name to logits (E, N, C) and targets (N,).
+        held_out: The split that thresholds are fitted on.
+        test: The split that is measured on.
+        facts: Further entries for the results: ``dataset``, ``training``, ``base_model``.
         tag: Pretrained tag, where an architecture has several trained weights.
     """
     model.pretrained_cfg["tag"] = tag
     new = folder.with_name(folder.name + ".new")
     if new.exists():
-        shutil.rmtree(new)  # of a run that was interrupted
+        shutil.rmtree(new)  # left by an interrupted export
     hub.write_weights(model, new)
     shipped = hub.load(f"local-dir:{new}")
     lazy = exit_flops(model, lazy=True)
@@ -119,24 +119,24 @@ def accuracy(split: Split) -> dict[str, Any]:
 
 
 def operating_points(val: Split, flops: list[int], dataset: str, split: str) -> dict[str, OperatingPoint]:
-    """The named points, by the confidence with which they cost least on the held-out split."""
+    """The named operating points, by the confidence for which the sum of their costs on the held-out split is least."""
     found = [fit_presets(val, flops, confidence=name, dataset=dataset, split=split) for name in CONFIDENCES]
     return min(found, key=lambda points: sum(point.average_flops for point in points.values()))
 
 
 def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, Any]:
-    """A point's accuracy, cost and use of the exits."""
+    """Accuracy, cost and exit shares of an operating point on the test split."""
     found = measure_policy(point, test, flops)
     return dict(top1=found.accuracy, average_flops=found.average_flops, exit_shares=list(found.exit_shares))
 
 
 def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
-    """What is known of a run from its checkpoint and, beside it, ``train.py``'s ``args.yaml``, if that is there."""
+    """Facts about a run, from its checkpoint and from ``train.py``'s ``args.yaml`` beside it, if that exists."""
     facts: dict[str, Any] = dict(epochs=run.epoch + 1)
     arguments = checkpoint.with_name("args.yaml")
     if arguments.is_file():
         recorded = yaml.safe_load(arguments.read_text())
-        if not recorded.get("resume"):  # a resumed run writes its arguments anew, so their time says nothing
+        if not recorded.get("resume"):  # a resumed run has rewritten the file, whose time is not that of its start
             facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
         facts.update((key, recorded[key]) for key in ("seed", "batch_size") if recorded.get(key) is not None)
         facts["settings"] = {key: recorded[key] for key in _SETTINGS if recorded.get(key) is not None}
@@ -148,7 +148,7 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
 
 
 def base_model(run: TrainingRun, checkpoint: Path) -> dict[str, str]:
-    """``base_model`` for the results: the Hub's name of the weights that a twin's training started from, if known."""
+    """The entry ``base_model``: the Hub's name of the weights that a twin's training started from, if it is known."""
     base, arguments = run.model.removeprefix(PREFIX), checkpoint.with_name("args.yaml")
     if (
         base.partition(".")[0] not in BASES

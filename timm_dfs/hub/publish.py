@@ -1,4 +1,4 @@
-"""From a model's folder to its Hub repository: checked, in one commit, read back and compared."""
+"""Upload of a model's folder to its Hub repository: checked before, in one commit, read back and compared."""
 
 import json
 import tempfile
@@ -19,27 +19,27 @@ from .card import stale
 from .folder import CARD_FILE, CURVE_FILE, RESULTS_FILE, golden_logits, load
 
 FILES = (WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, CARD_FILE, CURVE_FILE)
-"""What a repository contains."""
+"""The files of a repository."""
 
 _REMEDIES = {
-    401: "Log in with 'hf auth login', with a token that may write.",
-    403: "Your token may not write there; see its permissions, or give another --repo.",
-    404: "There is no such repository or revision, or your token may not see it.",
-    409: "Something else is changing the repository; run this again.",
-    412: "Somebody committed in the meantime; look at it, and run this again.",
-    429: "The Hub asks to wait; run this again later.",
+    401: "Log in with 'hf auth login', using a token with write access.",
+    403: "Your token has no write access there; check its permissions, or give another --repo.",
+    404: "There is no such repository or revision, or your token has no access to it.",
+    409: "The repository is being changed at the same time; run this again.",
+    412: "There is a newer commit; look at it, and run this again.",
+    429: "The Hub limits the rate of requests; run this again later.",
 }
 
 
 @dataclass(frozen=True)
 class Published:
-    """What :func:`publish` did.
+    """Result of :func:`publish`.
 
     Attributes:
         repo: The repository.
         commit: The commit that holds the folder's files.
-        changed: Whether that commit was made now.
-        others: Files of the repository that are not the folder's, left alone.
+        changed: Whether :func:`publish` made that commit.
+        others: Other files in the repository, which were left unchanged.
     """
 
     repo: str
@@ -49,11 +49,11 @@ class Published:
 
 
 def check_folder(folder: Path) -> MultiExitModel:
-    """A folder's model, after every check that needs no network.
+    """Load a folder's model after all checks that need no network.
 
     Raises:
-        ValueError: If a file is missing, the config is not of a model of ours or does not fit the weights, what is made
-            from results is older than they are, or the model does not give the logits that were recorded.
+        ValueError: If a file is missing, the config is not that of the model or does not fit the weights, a generated
+            file does not match the results, or the model's logits are not those that were recorded.
     """
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
@@ -65,9 +65,7 @@ def check_folder(folder: Path) -> MultiExitModel:
     if model.num_exits != len(results["flops"]):
         raise ValueError(f"{folder}'s network has {model.num_exits} exits, its results {len(results['flops'])}.")
     if old := stale(folder):
-        raise ValueError(
-            f"{' and '.join(old)} in {folder} are not what its results make; run 'timm-dfs card {folder}'."
-        )
+        raise ValueError(f"{' and '.join(old)} in {folder} do not match its results; run 'timm-dfs card {folder}'.")
     found, recorded = (torch.tensor(logits) for logits in (golden_logits(model), results["golden_logits"]))
     if found.shape != recorded.shape or not torch.allclose(found, recorded, rtol=1e-3, atol=1e-3):
         raise ValueError(
@@ -84,20 +82,20 @@ def publish(
     revision: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Published:
-    """Make a Hub repository hold what a folder holds, and read it back.
+    """Upload a folder to a Hub repository, and read it back.
 
-    The repository changes in one commit or not at all, so whatever interrupts this leaves it as it was or finished, and
-    repeating it does what is left to do.
+    The repository changes in one commit or not at all: after an interruption it is unchanged or complete, and
+    publishing again does the rest.
 
     Args:
         folder: A model's folder.
-        repo: ``user/name``; made if it does not exist.
-        private: Whether only its owner may see it.
-        revision: Branch; made if it does not exist. By default the main one.
+        repo: ``user/name``; created if it does not exist.
+        private: Whether only its owner can see it.
+        revision: Branch; created if it does not exist. By default the main one.
         report: Called with a line for each step.
 
     Raises:
-        ValueError: If the folder or the repository is not what it should be; nothing is uploaded then.
+        ValueError: If a check of the folder or the repository fails; nothing is uploaded.
         OSError: If the Hub refuses or the connection breaks.
     """
     report(f"checking {folder}")
@@ -140,7 +138,7 @@ def publish(
 
 
 def _compare(model: MultiExitModel, name: str) -> None:
-    """Raise ``ValueError`` unless what is loaded by that name, past every cache, is ``model``."""
+    """Raise ``ValueError`` unless the model loaded by that name, with an empty cache, equals ``model``."""
     with tempfile.TemporaryDirectory() as cache, _in_words("Downloading"):
         again = load(name, cache_dir=cache)
     ours, theirs = model.state_dict(), again.state_dict()
@@ -157,7 +155,7 @@ def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
 
 @contextmanager
 def _in_words(doing: str) -> Iterator[None]:
-    """Whatever the Hub's client raises, as an error of one line with a remedy and without the token."""
+    """Turn any error of the Hub's client into one of a single line, with a remedy and without the token."""
     try:
         yield
     except (HTTPError, RuntimeError, KeyError, ValueError, OSError) as error:
@@ -174,7 +172,7 @@ def _in_words(doing: str) -> Iterator[None]:
             what, remedy = "the Hub's answer was not understood", "Run this again later."
         else:
             what, remedy = " ".join(str(cause).split()), ""
-        # None of the client's exceptions is kept: they carry requests, and those the token.
+        # The client's exceptions are not chained: they hold requests, which hold the token.
         broken = isinstance(cause, (OSError, json.JSONDecodeError))
         kind = ValueError if isinstance(cause, ValueError) and not broken else OSError
         raise kind(without_token(f"{doing} failed: {what}. {remedy}".strip())) from None

@@ -1,4 +1,4 @@
-"""Confidences: functions from logits to how sure an exit is."""
+"""Confidences: functions from an exit's logits to a number that is larger where its prediction is more certain."""
 
 import math
 from collections.abc import Callable
@@ -28,14 +28,14 @@ CONFIDENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "margin": margin,
     "entropy": entropy,
 }
-"""Confidence by name: a function from logits (..., C) to (...), larger where the network is surer, in [0, 1]."""
+"""Confidences by name: functions from logits (..., C) to (...), in [0, 1], larger where the exit is more certain."""
 
 PATIENCE = "patience"
-"""The confidence that no exit has alone: how many of the answering exits just before give the same answer."""
+"""The confidence that compares exits: how many active exits in a row, just before this one, predict the same class."""
 
 
 def confidence_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The confidence called ``name``, of one exit's logits.
+    """The confidence called ``name``, a function of one exit's logits.
 
     Raises:
         ValueError: If there is none of that name.

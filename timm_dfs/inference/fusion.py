@@ -1,4 +1,4 @@
-"""A network as fast as it gets without being compiled, for inference only."""
+"""Folding batch norms into convolutions for faster inference."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..base.evaluating import evaluating, require_exits, without_data
 from ..base.model import MultiExitModel
 from ..base.partition import PartitionedConv2d
+from .precision import own_precision
 
 Model = TypeVar("Model", bound=MultiExitModel)
 
@@ -19,16 +20,23 @@ Model = TypeVar("Model", bound=MultiExitModel)
 def fuse(model: Model) -> Model:
     """A copy of a network for inference: batch norms folded into the convolutions before them, channels last.
 
-    It answers the same but for rounding, early exits included, and cannot be trained or saved in place of the model.
+    Its logits are the model's except for rounding, at every exit. It cannot be trained, or saved in place of the model.
 
     Args:
-        model: A network with exits; it stays as it is.
+        model: A network with exits; it is not changed.
 
     Returns:
         The copy, in eval mode, on the model's device.
 
     Raises:
-        ValueError: If ``model`` has no exits, or something besides a norm reads what a convolution puts out.
+        ValueError: If ``model`` has no exits, or something besides a norm reads a convolution's output.
+
+    Example:
+        >>> import timm, torch, timm_dfs
+        >>> model = timm.create_model("dfs_resnet18_cifar100", layers=(1, 1), channels=(8, 16), num_classes=10).eval()
+        >>> fused, images = timm_dfs.fuse(model), torch.ones(1, 3, 32, 32)
+        >>> torch.allclose(fused(images), model(images), atol=1e-4)
+        True
     """
     require_exits(model)
     fused = copy.deepcopy(model).eval().requires_grad_(False)
@@ -45,20 +53,22 @@ def fuse(model: Model) -> Model:
 def _check(fused: MultiExitModel, model: MultiExitModel, input_size: tuple[int, ...]) -> None:
     like = next(model.parameters())
     images = torch.linspace(-1, 1, 2 * math.prod(input_size), device=like.device, dtype=like.dtype)
-    with evaluating(model), torch.inference_mode():
-        answers = [torch.stack(network.forward_exits(images.view(2, *input_size))) for network in (fused, model)]
-    distance, scale = (answers[0] - answers[1]).norm().item(), answers[1].norm().item()
+    with evaluating(model), own_precision(model), torch.inference_mode():
+        ours, theirs = (torch.stack(network.forward_exits(images.view(2, *input_size))) for network in (fused, model))
+    distance, scale = (ours - theirs).norm().item(), theirs.norm().item()
     if distance > 1e-3 * scale + 1e-6:
         raise ValueError(
             f"{type(model).__name__} cannot be fused: its logits change by {distance / scale:.1%}, because something "
-            "besides a norm reads what a convolution puts out. Use the model as it is."
+            "besides a norm reads a convolution's output. Use the model without fusing it."
         )
 
 
 def _pairs(model: MultiExitModel, input_size: tuple[int, ...]) -> list[tuple[str, str]]:
-    """Names of the convolutions and the norms that read what they put out, each called once in a forward pass."""
-    made: dict[tuple[int, int], str] = {}  # by what it put out, unless that was changed in place
-    kept: list[torch.Tensor] = []  # so that no two of those have one identity
+    """Names of convolutions and the norms that read their outputs, each called once in a forward pass."""
+    made: dict[
+        tuple[int, int], str
+    ] = {}  # convolution by its output's identity and version, which in-place changes raise
+    kept: list[torch.Tensor] = []  # outputs, kept alive so that no two have the same identity
     calls: dict[str, int] = {}
     pairs: list[tuple[str, str]] = []
 
@@ -84,7 +94,7 @@ def _pairs(model: MultiExitModel, input_size: tuple[int, ...]) -> list[tuple[str
 
 
 def _may_fold(module: nn.Module) -> bool:
-    """Whether it is a plain convolution, or a batch norm with statistics, that nobody taps."""
+    """Whether it is a plain convolution, or a batch norm with statistics, without forward hooks."""
     plain = type(module).forward in _PLAIN
     return plain and not module._forward_hooks and getattr(module, "track_running_stats", True)
 
@@ -93,7 +103,7 @@ _PLAIN = (nn.Conv2d.forward, PartitionedConv2d.forward, nn.BatchNorm2d.forward, 
 
 
 def _after(norm: nn.Module) -> nn.Module:
-    """What a norm of timm's does besides."""
+    """What timm's norm layers compute after the norm itself: dropout and activation."""
     if isinstance(norm, BatchNormAct2d):
         return nn.Sequential(norm.drop, norm.act) if not isinstance(norm.drop, nn.Identity) else norm.act
     return nn.Identity()

@@ -1,6 +1,7 @@
-"""When an exit's answer is good enough: confidences, thresholds, and which exit answers each sample."""
+"""Exit policies: at which exit each sample leaves the network."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 
@@ -10,23 +11,34 @@ from .confidence import PATIENCE, confidence_function
 
 
 class ExitPolicy:
-    """A sample leaves at the first exit whose confidence is at least that exit's threshold.
+    """Thresholds on confidences: a sample exits at the first exit whose confidence reaches its threshold.
 
-    The last exit answers whoever is left, whatever its threshold says (MSDNet, section 5; DFS, section 4.4).
+    All samples that are left exit at the last exit, whatever its threshold (MSDNet, section 5; DFS, section 4.4).
 
-    With the confidence ``"patience"`` a threshold is a number of exits: a sample leaves once as many answering exits
-    just before this one gave the answer it gives (Zhou et al., "BERT Loses Patience", NeurIPS 2020, whose patience t is
-    the threshold t at every exit). Exits that never answer do not count.
+    With the confidence ``"patience"`` a threshold is a number of exits: a sample exits once that many active exits in a
+    row, just before this one, predicted the same class (Zhou et al., "BERT Loses Patience", NeurIPS 2020, whose
+    patience t is the threshold t at every exit). Exits that are switched off do not count.
 
     Args:
-        thresholds: One number per exit, shallow to deep; ``None`` or infinity: that exit never answers.
+        thresholds: One number per exit, shallow to deep; ``None`` or infinity switches the exit off. A finite threshold
+            that no confidence can reach switches it off too, with a warning.
         confidence: A key of :data:`CONFIDENCES`, or ``"patience"``.
         temperatures: One per exit, by which its logits are divided before their softmax (Guo et al., ICML 2017);
-            without any, the logits are as they are. Answers do not depend on them, and patience has no use for them.
+            by default 1. Predictions do not depend on them, so patience takes none.
 
     Raises:
         ValueError: If there is no threshold, one is not a number, the confidence is unknown, or temperatures are not
             as many finite numbers above 0.
+
+    Example:
+        >>> import torch
+        >>> from timm_dfs import ExitPolicy
+        >>> policy = ExitPolicy([0.8, None, 0.0])  # the second of three exits is switched off
+        >>> policy.answering
+        (0, 2)
+        >>> logits = torch.tensor([[[4.0, 0.0], [0.5, 0.0]]] * 3)  # 3 exits, 2 samples, 2 classes
+        >>> policy.exit_index(logits)
+        tensor([0, 2])
     """
 
     def __init__(
@@ -40,12 +52,30 @@ class ExitPolicy:
         if not self.thresholds:
             raise ValueError("thresholds is empty; give one per exit.")
         if any(value != value for value in self.thresholds):
-            raise ValueError(
-                f"thresholds is {self.thresholds}; NaN is no threshold, use None for an exit that never answers."
-            )
+            raise ValueError(f"thresholds is {self.thresholds}; NaN is no threshold, give None to switch an exit off.")
         self.confidence = confidence
         self._confidence = _no_confidence if confidence == PATIENCE else confidence_function(confidence)
+        self._warn_of_unreachable()
         self.temperatures = None if temperatures is None else self._check_temperatures(temperatures)
+
+    @property
+    def _highest(self) -> int:
+        """The largest confidence that a sample can have at an early exit."""
+        return max(len(self.thresholds) - 2, 0) if self.confidence == PATIENCE else 1
+
+    def _warn_of_unreachable(self) -> None:
+        unreachable = [value for value in self.thresholds[:-1] if self._highest < value < math.inf]
+        if unreachable:
+            hint = {
+                PATIENCE: "an early exit has at most that many early exits before it",
+                "entropy": "it is 1 minus the entropy as a share of its maximum, not the entropy",
+            }.get(self.confidence, "it is no percentage and no logit")
+            warnings.warn(
+                f"No sample reaches the thresholds {', '.join(f'{value:g}' for value in unreachable)}: the confidence "
+                f"{self.confidence!r} is at most {self._highest} ({hint}). These exits are switched off; if that is "
+                "wanted, give None or infinity.",
+                stacklevel=3,
+            )
 
     def _check_temperatures(self, temperatures: Sequence[float] | torch.Tensor) -> tuple[float, ...]:
         values = _as_numbers("temperatures", temperatures, "one per exit")
@@ -56,17 +86,18 @@ class ExitPolicy:
                 f"There are {len(values)} temperatures for {len(self.thresholds)} thresholds; give one of each an exit."
             )
         if self.confidence == PATIENCE:
-            raise ValueError("Patience compares answers, which no temperature changes; leave temperatures out.")
+            raise ValueError("Patience compares predictions, which no temperature changes; leave temperatures out.")
         return tuple(float(value) for value in values)  # type: ignore[arg-type]
 
     @classmethod
     def from_preset(cls, preset: dict) -> "ExitPolicy":
-        """The policy of a preset: ``thresholds`` and, where they are not the default, ``confidence``, ``temperatures``.
+        """The policy of a preset, from its ``thresholds`` and, if given, ``confidence`` and ``temperatures``.
 
-        What else a preset says, :class:`timm_dfs.OperatingPoint` reads.
+        Raises:
+            ValueError: If ``preset`` is not a dict with thresholds, or they make no policy.
         """
         if not isinstance(preset, dict) or "thresholds" not in preset:
-            raise ValueError(f"a preset is {preset!r}; give a dict with the key 'thresholds'.")
+            raise ValueError(f"The preset is {preset!r}; give a dict with the key 'thresholds'.")
         return cls(preset["thresholds"], preset.get("confidence", "max_prob"), preset.get("temperatures"))
 
     def check_exits(self, num_exits: int) -> None:
@@ -78,24 +109,23 @@ class ExitPolicy:
 
     @property
     def answering(self) -> tuple[int, ...]:
-        """The exits whose answers count: the last one and those whose threshold a confidence can reach."""
+        """The active exits: the last one and those whose threshold a confidence can reach."""
         last = len(self.thresholds) - 1
-        highest = last if self.confidence == PATIENCE else 1
-        return tuple(k for k, threshold in enumerate(self.thresholds) if threshold <= highest or k == last)
+        return tuple(k for k, threshold in enumerate(self.thresholds) if threshold <= self._highest or k == last)
 
     def begin(self) -> "ExitPolicy | Patience":
-        """What to ask, from the first answering exit to the last, about one batch: it has ``leaves`` and ``go_on``."""
+        """The decision for one batch: an object whose ``leaves`` is called at each active exit, shallow to deep."""
         return Patience(self) if self.confidence == PATIENCE else self
 
     def leaves(self, exit_index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Who leaves at exit ``exit_index``, given its logits (B, C).
+        """Samples that leave at exit ``exit_index``, given its logits (B, C).
 
         Returns:
             Two bool tensors (B,): which samples leave, and which have no confidence because their logits hold NaN
             (or an infinity that makes the softmax NaN). The latter leave at the last exit only.
 
         Raises:
-            ValueError: If the confidence is patience, which has to know the exits before: ask what :meth:`begin` gives.
+            ValueError: If the confidence is patience, which depends on earlier exits; use what :meth:`begin` returns.
         """
         if self.temperatures is not None:
             logits = logits / self.temperatures[exit_index]
@@ -108,10 +138,10 @@ class ExitPolicy:
         return confidence >= self.thresholds[exit_index], confidence.isnan()
 
     def go_on(self, rows: torch.Tensor) -> None:
-        """Hear that of the batch only these rows (int64 indices) go on to the next exit."""
+        """Note that only these rows of the batch (int64 indices) go on to the next exit."""
 
     def exit_index(self, logits: torch.Tensor) -> torch.Tensor:
-        """Which exit answers each sample, given all exits' logits (E, N, C): int64 (N,)."""
+        """Exit at which each sample leaves, given the logits (E, N, C) of all exits: int64 (N,)."""
         self.check_exits(logits.shape[0])
         answering, decision = self.answering, self.begin()
         masks = [decision.leaves(k, logits[k]) for k in answering]
@@ -126,32 +156,32 @@ class ExitPolicy:
 
 
 class Patience:
-    """A policy of patience on its way through one batch: the last answer of each sample, and how often it was given."""
+    """State of a patience policy for one batch: each sample's last predicted class, and how often in a row it came."""
 
     def __init__(self, policy: ExitPolicy):
         self._policy = policy
-        self._answer: torch.Tensor | None = None
+        self._predicted: torch.Tensor | None = None
         self._agreed: torch.Tensor | None = None
 
     def leaves(self, exit_index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`ExitPolicy.leaves`; for the answering exits in their order."""
-        largest, answer = logits.max(-1)
-        if self._answer is None or self._agreed is None:
+        """As :meth:`ExitPolicy.leaves`, called at the active exits in their order."""
+        largest, predicted = logits.max(-1)
+        if self._predicted is None or self._agreed is None:
             self._agreed = torch.zeros_like(largest, dtype=torch.float32)
         else:
-            self._agreed = (self._agreed + 1) * (answer == self._answer)
-        self._answer = answer
+            self._agreed = (self._agreed + 1) * (predicted == self._predicted)
+        self._predicted = predicted
         # A softmax is NaN where, and only where, the largest logit is not finite.
         return self._policy.decide(exit_index, self._agreed.masked_fill(~largest.isfinite(), math.nan))
 
     def go_on(self, rows: torch.Tensor) -> None:
         """As :meth:`ExitPolicy.go_on`."""
-        if self._answer is not None and self._agreed is not None:
-            self._answer, self._agreed = self._answer[rows], self._agreed[rows]
+        if self._predicted is not None and self._agreed is not None:
+            self._predicted, self._agreed = self._predicted[rows], self._agreed[rows]
 
 
 def _no_confidence(logits: torch.Tensor) -> torch.Tensor:
-    raise ValueError("Patience has to know the exits before; ask what the policy's begin() gives.")
+    raise ValueError("Patience depends on earlier exits; use what the policy's begin() returns.")
 
 
 def _as_numbers(name: str, values: Sequence[float | None] | torch.Tensor, wanted: str) -> Sequence[float | None]:

@@ -11,11 +11,18 @@ from .policy import ExitPolicy
 
 
 class Prediction(NamedTuple):
-    """What early-exit inference answers.
+    """Result of early-exit inference.
 
     Attributes:
-        logits: Logits (B, C) of the exit that answered each sample.
+        logits: Logits (B, C) of the exit at which each sample left.
         exit_index: That exit (B,), int64, on the logits' device.
+
+    Example:
+        >>> import torch
+        >>> from timm_dfs import Prediction
+        >>> logits, exit_index = Prediction(torch.tensor([[2.0, 0.5]]), torch.tensor([0]))
+        >>> logits.argmax(-1), exit_index
+        (tensor([0]), tensor([0]))
     """
 
     logits: torch.Tensor
@@ -23,10 +30,10 @@ class Prediction(NamedTuple):
 
 
 def resolve_policy(model: MultiExitModel, policy: ExitPolicy | str) -> ExitPolicy:
-    """A policy as given, or the model's preset of that name.
+    """The policy itself, or that of the model's preset of that name.
 
     Raises:
-        ValueError: If there is no such preset, or it has not one threshold per exit.
+        ValueError: If there is no such preset, or it does not have one threshold per exit.
     """
     if isinstance(policy, str):
         if policy not in model.presets:
@@ -40,10 +47,10 @@ def resolve_policy(model: MultiExitModel, policy: ExitPolicy | str) -> ExitPolic
 
 
 def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) -> Prediction:
-    """Classify a batch; each sample leaves at its own exit and the rest of the batch goes on smaller.
+    """Classify a batch with early exit: each sample leaves at its own exit, and the active samples go on.
 
-    Nothing deeper is computed once nobody is left, and no head of an exit that cannot answer. The model is
-    evaluated in eval mode and left in the mode it was in; in eval mode, threads may share it.
+    Nothing deeper is computed once no sample is active, and no head of an exit that is switched off. The model is
+    evaluated in eval mode and returned to the mode it was in; threads may share a model that is in eval mode.
 
     Args:
         model: A network with exits.
@@ -55,6 +62,13 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
 
     Raises:
         ValueError: If the policy does not fit the model or ``x`` is not a batch of images.
+
+    Example:
+        >>> import timm, torch, timm_dfs
+        >>> model = timm.create_model("dfs_vgg7_cifar100", depths=(1, 1), widths=(8, 16), num_classes=10)
+        >>> prediction = timm_dfs.predict(model, torch.zeros(4, 3, 32, 32), timm_dfs.ExitPolicy([0.0, 0.0]))
+        >>> prediction.logits.shape, prediction.exit_index
+        (torch.Size([4, 10]), tensor([0, 0, 0, 0]))
     """
     require_exits(model)
     policy = resolve_policy(model, policy)
@@ -62,18 +76,18 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
     if x.shape[0] == 0:
         return Prediction(x.new_empty(0, model.num_classes), torch.empty(0, dtype=torch.int64, device=x.device))
     last = model.num_exits - 1
-    rows = list(range(len(x)))  # on the way; small enough for lists, whose operations cost less than a tensor's
+    rows = list(range(len(x)))  # active samples: few, so that operations on a list cost less than on a tensor
     broken: set[int] = set()
-    answers: list[tuple[int, list[int], torch.Tensor]] = []  # exit, rows, logits
+    left: list[tuple[int, list[int], torch.Tensor]] = []  # exit, rows, logits
     decision = policy.begin()
 
     def visit(k: int, logits: torch.Tensor) -> torch.Tensor | None:
         nonlocal rows
-        leaving, nan = torch.stack(decision.leaves(k, logits)).tolist()  # from the device at once
+        leaving, nan = torch.stack(decision.leaves(k, logits)).tolist()  # one transfer from the device
         if any(nan):
             broken.update(row for row, is_nan in zip(rows, nan) if is_nan)
         if k == last:
-            answers.append((k, rows, logits))
+            left.append((k, rows, logits))
             return None
         if broken:
             leaving = [leaves and row not in broken for row, leaves in zip(rows, leaving)]
@@ -82,10 +96,10 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
         staying = [i for i, leaves in enumerate(leaving) if not leaves]
         index = torch.tensor(staying, dtype=torch.int64, device=logits.device)
         if not staying:
-            answers.append((k, rows, logits))
+            left.append((k, rows, logits))
         else:
             gone = [i for i, leaves in enumerate(leaving) if leaves]
-            answers.append((k, [rows[i] for i in gone], logits[torch.tensor(gone, device=logits.device)]))
+            left.append((k, [rows[i] for i in gone], logits[torch.tensor(gone, device=logits.device)]))
             rows = [rows[i] for i in staying]
             decision.go_on(index)
         return index
@@ -94,18 +108,18 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
         model.walk(x, visit, policy.answering)
     if broken:
         warnings.warn(
-            f"The logits of samples {sorted(broken)} hold NaN; they went to the last exit.",
+            f"The logits of samples {sorted(broken)} contain NaN; these samples left at the last exit.",
             stacklevel=2,
         )
-    return _in_order(answers, len(x))
+    return _in_order(left, len(x))
 
 
-def _in_order(answers: list[tuple[int, list[int], torch.Tensor]], batch: int) -> Prediction:
-    """The answers of all exits, each sample in its row; ordinary tensors, made outside of inference mode."""
-    _, _, some = answers[0]
+def _in_order(left: list[tuple[int, list[int], torch.Tensor]], batch: int) -> Prediction:
+    """Results of all exits, each sample in its own row: ordinary tensors, made outside inference mode."""
+    _, _, some = left[0]
     logits = torch.empty(batch, *some.shape[1:], dtype=some.dtype, device=some.device)
     exit_index = torch.empty(batch, dtype=torch.int64)
-    for k, rows, of_rows in answers:
+    for k, rows, of_rows in left:
         index = torch.tensor(rows)
         exit_index[index] = k
         logits[index.to(some.device)] = of_rows

@@ -7,8 +7,8 @@ arXiv 2407.13986, section 4.1).
 The network is a grid of cells: depth along one axis, scale along the other. A cell reads the cell before it
 at its own scale and, where there is one, the one before it at the next finer scale; exits read the coarsest
 scale only. So the grid is computed along its diagonals: when the coarsest scale has reached layer L, the
-scale j steps finer has reached layer L - j, which is all that an exit at L needs. What only deeper exits need
-is computed when somebody goes there.
+scale j steps finer has reached layer L - j, which is all that an exit at L needs. Cells that only deeper exits
+need are computed when samples continue to those.
 """
 
 import math
@@ -43,7 +43,7 @@ def _transform(channels: int, width: int, stride: int, bottleneck_factor: int | 
 
 
 class Cell(nn.Module):
-    """One layer at one scale: what was there, joined with what is derived from it and from the finer scale.
+    """One layer at one scale: its input, concatenated with channels derived from it and from the finer scale.
 
     Args:
         channels: Channels of the layer before, at this scale.
@@ -82,14 +82,14 @@ class Cell(nn.Module):
 class MSDNet(MultiExitModel):
     """Multi-scale dense network with partitioned exits.
 
-    Published knobs in the words of the MSDNet paper, with the official code's option in brackets.
+    Arguments are described in the terms of the MSDNet paper; the official code's option is in brackets.
 
     Args:
         num_classes: Classes; 0 for pooled features.
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier (0.5 in the official DFS code).
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"one_sided"`` (official), ``"two_sided"`` or ``"off"``.
         exits: Number of exits [nBlocks].
         base: Layers before the first exit [base].
@@ -108,11 +108,11 @@ class MSDNet(MultiExitModel):
         reduction: Share of channels that a transition keeps; 0 for no transitions [reduction].
         head_width: Width of the heads' convolutions; 0 for the feature's own.
         presets: Named operating points fitted to these weights.
-        device: Where to make the parameters.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: If a value is outside what is said above.
+        ValueError: If an argument is not among the values above.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class MSDNet(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.5,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "one_sided",
         exits: int = 7,
         base: int = 4,
@@ -177,10 +177,10 @@ class MSDNet(MultiExitModel):
             self.exit_layers.append(self.exit_layers[-1] + (step if step_mode == "even" else step * k + 1))
         depth = self.exit_layers[-1]
         self.scales_after = [scales] + [_scales_after(layer, depth, scales, prune) for layer in range(1, depth + 1)]
-        # At the end, finer scales reach no exit any more, whatever the pruning leaves.
+        # Near the end, finer scales no longer reach an exit, however many the pruning keeps.
         self.scales_computed = [min(after, depth - layer + 1) for layer, after in enumerate(self.scales_after)]
 
-        # From here on, scales count from the coarsest, 0, to the finest.
+        # From here on, scales are counted from the coarsest, 0, to the finest.
         growth = tuple(growth_factors)[::-1]
         factors = tuple(bottleneck_factors)[::-1] if bottleneck else (None,) * scales
         self.stem = nn.ModuleList([_STEMS[stem](in_chans, stem_width * growth_factors[0], **dd)])
@@ -281,7 +281,7 @@ class MSDNet(MultiExitModel):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         blocks: str | list[tuple[str, tuple[int]]] = r"^layers\.(\d+)"
-        if coarse:  # one group per stretch between exits
+        if coarse:  # one group for the layers between two exits
             starts = [0, *self.exit_layers[:-1]]
             blocks = [
                 (r"^layers\.(?:" + "|".join(map(str, range(first, end))) + r")\.", (k,))
@@ -296,7 +296,7 @@ def _check_choice(name: str, value: str, choices) -> None:
 
 
 def _scales_after(layer: int, depth: int, scales: int, prune: str) -> int:
-    """Number of scales that layer ``layer`` (from 1) of ``depth`` puts out."""
+    """Number of scales that layer ``layer`` (from 1) of ``depth`` outputs."""
     if prune == "min":
         return min(scales, depth - layer + 1)
     return scales - (layer - 1) // math.ceil(depth / scales)
@@ -324,7 +324,7 @@ _OFFICIAL_CLASSIFIER = re.compile(r"classifier\.(\d+)\.linear\.1\.(.+)")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MSDNet) -> dict[str, torch.Tensor]:
-    """Rename the keys of an official checkpoint to ours; a state dict of ours passes unchanged.
+    """Rename the keys of an official checkpoint to this package's; other state dicts pass unchanged.
 
     Cells that no exit reads, which the official network has where its layers do not divide into its scales, are
     left out.
@@ -332,7 +332,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MSDNet) -> 
     if not any(key.startswith("blocks.0.0.layers.") for key in state_dict):
         return state_dict
     # A block is a list of layers, each followed by a transition where scales are dropped; the first also
-    # holds the stem. Ours are numbered through.
+    # holds the stem. Here layers are numbered across blocks.
     cells = filter(None, map(_OFFICIAL_CELL.fullmatch, state_dict))
     layer_of = {position: layer for layer, position in enumerate(sorted({(int(m[1]), int(m[2])) for m in cells}))}
 

@@ -57,16 +57,16 @@ class ExitResNetCifar(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"`` (official), ``"one_sided"`` or ``"off"``.
         layers: Blocks in each stage.
         channels: Width of each stage.
         presets: Named operating points fitted to these weights.
-        device: Where to make the parameters.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: If a value is outside what is said above.
+        ValueError: If an argument is not among the values above.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ExitResNetCifar(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "two_sided",
         layers: Sequence[int] = (2, 2, 2, 2),
         channels: Sequence[int] = (64, 128, 256, 512),
@@ -130,7 +130,7 @@ _OFFICIAL_CLASSIFIER = re.compile(r"fc(\d+)\.(.+)")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ExitResNetCifar) -> dict[str, torch.Tensor]:
-    """Rename the keys of an official checkpoint to ours; a state dict of ours passes unchanged.
+    """Rename the keys of an official checkpoint to this package's; other state dicts pass unchanged.
 
     The official adaptation layers serve feature distillation only and are left out.
     """

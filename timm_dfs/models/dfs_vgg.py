@@ -23,7 +23,7 @@ __all__ = ["ExitVGG"]
 
 
 class Stage(nn.Module):
-    """What lies between two exits: convolution, ReLU, batch norm, and a max-pool at the end of a block."""
+    """The layers between two exits: convolution, ReLU, batch norm, and a max-pool at the end of a block."""
 
     def __init__(self, channels: int, width: int, bias: bool, pool: bool, **dd):
         super().__init__()
@@ -45,16 +45,16 @@ class ExitVGG(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"`` (official), ``"one_sided"`` or ``"off"``.
         depths: Convolutions in each block.
         widths: Channels of each block.
         presets: Named operating points fitted to these weights.
-        device: Where to make the parameters.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: If a value is outside what is said above.
+        ValueError: If an argument is not among the values above.
     """
 
     takes_parts = True
@@ -65,7 +65,7 @@ class ExitVGG(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        beta: float | None = 0.5,
+        beta: float | str | None = 0.5,
         referencing: str = "two_sided",
         depths: Sequence[int] = (2, 2, 2),
         widths: Sequence[int] = (64, 128, 256),
@@ -114,10 +114,10 @@ class ExitVGG(MultiExitModel):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ExitVGG) -> dict[str, torch.Tensor]:
-    """Rename the keys of an official checkpoint to ours; a state dict of ours passes unchanged.
+    """Rename the keys of an official checkpoint to this package's; other state dicts pass unchanged.
 
     The official code keeps the two parts of a convolution's input channels in two weights, ``conv_p`` for the
-    shared part and ``conv_s`` for the exit's own (``fc_p`` and ``fc_s`` in the classifiers); ours is one weight.
+    shared part and ``conv_s`` for the exit's own (``fc_p`` and ``fc_s`` in the classifiers); here they are one weight.
     Its adaptation layers serve feature distillation only and are left out.
     """
     if not any(key.startswith("feature_extractors.") for key in state_dict):

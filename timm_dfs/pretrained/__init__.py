@@ -1,1 +1,1 @@
-"""Where trained weights come from, and whether they fit."""
+"""Sources of trained weights, and checks whether the weights fit."""

@@ -1,4 +1,4 @@
-"""Whether weights, configs and presets fit a model."""
+"""Checks whether weights, configs and presets fit a model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,22 +7,27 @@ from timm.models import get_arch_name
 
 from ..base.model import MultiExitModel
 from ..calibration.operating_point import check_preset
-from ..inference.policy import ExitPolicy
 from .packaged import CONFIG_FILE
 
-# What a config may not decide for whoever loads it: where weights come from.
+# Arguments that a config may not set for whoever loads it: they say where weights come from.
 _CALLERS_OWN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def check_config(config: Any, name: str, num_exits: Callable[[dict], int | None], where: str) -> None:
-    """Refuse a ``config.json`` that is not one of ``name``'s, tags aside, or asks for what no config may.
+    """Refuse a ``config.json`` of another architecture, or one that asks for what no config may.
+
+    Args:
+        config: The file's content.
+        name: The architecture it should be of, with or without a tag.
+        num_exits: From a model's arguments to its number of exits; None where the arguments do not tell it.
+        where: The folder or repository, for messages.
 
     Raises:
-        ValueError: If the architecture is another, an argument is the caller's own, or a preset has not one threshold
-            in [0, 1], or null, for each exit.
+        ValueError: If the architecture is another, an argument is the caller's own, or a preset is refused by
+            :func:`~timm_dfs.calibration.operating_point.check_preset`.
     """
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise ValueError(f"{CONFIG_FILE} of {where} names no architecture; it is none of timm's.")
+        raise ValueError(f"{CONFIG_FILE} of {where} names no architecture; it is not one of timm's.")
     architecture, name = get_arch_name(config["architecture"]), get_arch_name(name)
     if architecture != name:
         raise ValueError(
@@ -31,30 +36,33 @@ def check_config(config: Any, name: str, num_exits: Callable[[dict], int | None]
     arguments = config.get("model_args", {})
     if not isinstance(arguments, dict) or _CALLERS_OWN & arguments.keys():
         raise ValueError(f"{CONFIG_FILE} of {where} has model_args that only the caller may give: {arguments}.")
-    exits = num_exits(arguments)
-    for preset_name, preset in (arguments.get("presets") or {}).items():
+    check_presets(arguments.get("presets") or {}, num_exits(arguments), f" of {where}")
+
+
+def check_presets(presets: Any, num_exits: int | None, of: str = "") -> None:
+    """Refuse presets of which one does not fit a model with ``num_exits`` exits (None: unknown), by its name.
+
+    Raises:
+        ValueError: If they are not a dict by name, or
+            :func:`~timm_dfs.calibration.operating_point.check_preset` refuses one.
+    """
+    if not isinstance(presets, dict):
+        raise ValueError(f"The presets{of} are {presets!r}; give a dict of presets by name.")
+    for name, preset in presets.items():
         try:
-            policy = ExitPolicy.from_preset(preset)
-            if exits is not None:
-                policy.check_exits(exits)
+            check_preset(preset, num_exits)
         except ValueError as error:
-            raise ValueError(f"Preset {preset_name!r} of {where}: {error}") from error
-        bad = [value for value in preset["thresholds"] if value is not None and not 0 <= value <= 1]
-        if bad:
-            raise ValueError(
-                f"Preset {preset_name!r} of {where} has the threshold {bad[0]}; confidences are in [0, 1], and null is "
-                "for an exit that never answers."
-            )
+            raise ValueError(f"Preset {name!r}{of}: {error}") from error
 
 
 def fit_checkpoint(state_dict: dict, model: MultiExitModel, config: dict, source: str) -> dict:
-    """A checkpoint of ours as timm is to load it: complete, without adapters, its classes kept if they are the model's.
+    """A checkpoint as timm is to load it: complete, without adapters, its classes kept if they are the model's.
 
     Args:
-        state_dict: The checkpoint, its keys ours.
+        state_dict: The checkpoint, its keys already the model's.
         model: The model to load it into.
         config: The pretrained config that timm loads by; corrected in place.
-        source: Where it is from, for errors.
+        source: The place it is from, for errors.
 
     Raises:
         ValueError: If keys are missing or unknown.
@@ -66,15 +74,15 @@ def fit_checkpoint(state_dict: dict, model: MultiExitModel, config: dict, source
     _check_keys(state_dict, model, source)
     classifier = state_dict.get(f"{config['classifier'][-1]}.weight")
     if classifier is not None and len(classifier) == model.num_classes and config["num_classes"] > 0:
-        # A fine-tuned checkpoint has our classes, whatever the config says: timm keeps its classifiers. A negative
-        # number in the config is train.py's way to have fresh ones.
+        # A fine-tuned checkpoint has the model's classes, whatever the config says, so timm keeps its classifiers. With
+        # a negative number in the config train.py asks for fresh ones.
         config["num_classes"] = model.num_classes
     return state_dict
 
 
 def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
     optional = {f"{name}.{part}" for name in model.pretrained_cfg["classifier"] for part in ("weight", "bias")}
-    if model.num_classes > 0:  # without classes, those of the checkpoint are let go
+    if model.num_classes > 0:  # a model without classes ignores the checkpoint's classifiers
         optional = set()
     expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
     present = {key for key in state_dict if not key.endswith("num_batches_tracked")} - optional
@@ -90,13 +98,19 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
         )
 
 
-def check_presets(model: MultiExitModel, trained: dict) -> None:
-    """Drop presets that came with weights, whose ``model_args`` are ``trained``, where they do not fit the model.
+def settle_presets(model: MultiExitModel, trained: dict) -> None:
+    """Check a model's presets; drop, with a warning, those that came with weights and do not fit the model as built.
+
+    Args:
+        model: The model.
+        trained: The ``model_args`` of its weights; empty if there are none.
 
     Raises:
-        ValueError: If one that did not come with weights does not fit.
+        ValueError: If a preset that did not come with weights does not fit.
     """
-    came_with_weights = model.presets == trained.get("presets")
+    if model.presets != trained.get("presets"):
+        check_presets(model.presets, model.num_exits)
+        return
     changes = [
         what
         for what, changed in (
@@ -106,14 +120,12 @@ def check_presets(model: MultiExitModel, trained: dict) -> None:
         )
         if changed
     ]
-    if changes and came_with_weights:
+    if changes:
         model.drop_presets(model.presets, f"the model's {' and '.join(changes)} are not those they were fitted to")
     unfit = {}
     for name, preset in model.presets.items():
         try:
             check_preset(preset, model.num_exits)
         except ValueError as error:
-            if not came_with_weights:
-                raise ValueError(f"Preset {name!r}: {error}") from error
             unfit[name] = str(error).rstrip(".")
     model.drop_presets(unfit, "; ".join(dict.fromkeys(unfit.values())))

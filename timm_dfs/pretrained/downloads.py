@@ -1,4 +1,4 @@
-"""Files of a Hub repository: downloaded and cached by huggingface_hub, checked against what the Hub says they are."""
+"""Files of a Hub repository, downloaded and cached by huggingface_hub and checked against the Hub's hashes."""
 
 import hashlib
 import re
@@ -8,34 +8,34 @@ from huggingface_hub import get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 HUB_VARIABLE = "TIMM_DFS_HUB"
-"""Environment variable with the namespace, or the local folder of model folders, to take weights by name from."""
+"""Environment variable with a Hub namespace, or a local folder of model folders, to take weights by name from."""
 
 _DIGESTS = {
-    40: lambda data: hashlib.sha1(b"blob %d\0" % len(data) + data),  # git's id of a small file
-    64: hashlib.sha256,  # a large one's
+    40: lambda data: hashlib.sha1(b"blob %d\0" % len(data) + data),  # git's id, of small files
+    64: hashlib.sha256,  # of large files
 }
 
 
 def without_token(text: str) -> str:
-    """A text, perhaps a server's, in which the user's token is blacked out."""
+    """A text, such as a server's message, with the user's token masked."""
     token = get_token()
     return text.replace(token, "***") if token else text
 
 
 def fetch(repo: str, file: str, cache_dir: str | Path | None = None) -> Path:
-    """A file of a Hub repository, in huggingface_hub's cache; nothing is downloaded that is there already.
+    """Download a file of a Hub repository into huggingface_hub's cache, unless it is there already.
 
-    huggingface_hub compares sizes only; here the content is compared with the hash that the Hub gave for it, and
-    deleted from the cache where it differs.
+    huggingface_hub compares sizes only; here the content is also compared with the hash that the Hub gave for it. A
+    file that differs is deleted from the cache.
 
     Args:
         repo: ``user/name``, or ``user/name@revision``.
         file: Path in the repository.
-        cache_dir: Another cache.
+        cache_dir: Folder of the cache; by default huggingface_hub's own.
 
     Raises:
-        FileNotFoundError: If the file is not in the cache and the Hub is out of reach, or the repository has none.
-        OSError: If the Hub refuses or the content arrived damaged.
+        FileNotFoundError: If the file is not in the cache and the Hub cannot be reached, or the repository lacks it.
+        OSError: If the Hub refuses the request or the content is damaged.
     """
     repo_id, _, revision = repo.partition("@")
     try:
@@ -43,7 +43,7 @@ def fetch(repo: str, file: str, cache_dir: str | Path | None = None) -> Path:
     except LocalEntryNotFoundError as error:
         reason = without_token(" ".join(str(error.__cause__ or error).split()))
         raise FileNotFoundError(
-            f"{file} of {repo} is not in the cache, and the Hub did not give it ({reason}). Load it once with a "
+            f"{file} of {repo} is not in the cache and could not be downloaded ({reason}). Load it once with a "
             f"connection (and without HF_HUB_OFFLINE); or give a folder, local-dir:…, "
             f"or {HUB_VARIABLE}=folder for models by name."
         ) from error
@@ -59,7 +59,7 @@ def fetch(repo: str, file: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def _check_content(path: Path, repo: str, file: str) -> None:
-    """A file of the cache is called what its content hashes to, unless the platform has no symbolic links."""
+    """Compare a cached file with its name: the hash of its content, unless the platform has no symbolic links."""
     blob = path.resolve()
     digest = _DIGESTS.get(len(blob.name)) if re.fullmatch("[0-9a-f]+", blob.name) else None
     if digest is not None and digest(blob.read_bytes()).hexdigest() != blob.name:

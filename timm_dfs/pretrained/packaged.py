@@ -1,6 +1,5 @@
 """Weights that came with this installation."""
 
-import json
 from pathlib import Path
 
 WEIGHTS_FILE = "model.safetensors"
@@ -22,6 +21,14 @@ def packaged_folder(name: str) -> Path | None:
     return None
 
 
+def packaged_folder_of(file: str | None) -> Path | None:
+    """The packaged folder that a weights file lies in; ``None`` for any other file."""
+    if file is None or Path(file).name != WEIGHTS_FILE:
+        return None
+    folder = Path(file).parent
+    return folder if packaged_folder(folder.name) == folder else None
+
+
 def packaged_file(name: str) -> Path | None:
     """The weights in :func:`packaged_folder`."""
     folder = packaged_folder(name)
@@ -29,15 +36,5 @@ def packaged_file(name: str) -> Path | None:
 
 
 def packaged_names() -> set[str]:
-    """Names of the models with weights in this installation."""
+    """Names of the models with weights in this installation, tags included."""
     return {folder.name for hub in _hubs() if hub.is_dir() for folder in hub.iterdir() if packaged_folder(folder.name)}
-
-
-def packaged_model_args(file: str | None) -> dict:
-    """Keyword arguments that belong to packaged weights: ``config.json``'s ``model_args`` beside ``file``."""
-    if file is None:
-        return {}
-    folder = Path(file).parent
-    if packaged_folder(folder.name) != folder:
-        return {}
-    return json.loads((folder / CONFIG_FILE).read_text())["model_args"]

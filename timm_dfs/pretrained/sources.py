@@ -1,112 +1,203 @@
-"""Trained weights outside of this installation: a Hub repository, or a folder like one, checked before use."""
+"""The search for a model's trained weights, one for all architectures; what it finds is checked before use."""
 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models._builder import resolve_pretrained_cfg
 
 from .checks import check_config
 from .downloads import HUB_VARIABLE, fetch
-from .packaged import CONFIG_FILE, WEIGHTS_FILE
+from .packaged import CONFIG_FILE, WEIGHTS_FILE, packaged_folder_of
+
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+PREFIXES = (*_HUB_PREFIXES, "local-dir:")
+"""Prefixes with which timm takes a model's name for a Hub repository or a folder."""
 
 _SOURCE_FIELDS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "architecture"}
 
 _DATA_FIELDS = {field.name for field in fields(PretrainedCfg)} - _SOURCE_FIELDS
 
+NumExits = Callable[[dict[str, Any]], int | None]
+"""From a model's arguments to its number of exits; None where the arguments do not tell it."""
+
 
 @dataclass(frozen=True)
-class Trained:
-    """Trained weights and what belongs to them.
+class Weights:
+    """The weights that a model is to be built with.
 
     Attributes:
-        overlay: For timm's ``pretrained_cfg_overlay``: the file, and the config of the images it was trained on.
+        cfg: timm's pretrained config: the source of the weights, and the images that they were trained on.
         model_args: Keyword arguments that the weights belong to, presets included.
     """
 
-    overlay: dict[str, Any] = field(default_factory=dict)
+    cfg: PretrainedCfg
     model_args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def source(self) -> str:
+        """The place that timm loads from, for messages; empty if there is none."""
+        cfg = self.cfg
+        if cfg.source == "hf-hub":
+            return cfg.hf_hub_id or ""
+        if cfg.state_dict:
+            return "the given state dict"
+        return str(cfg.file or cfg.hf_hub_id or cfg.url or "")
 
-def find_trained(
-    name: str,
-    cfg: PretrainedCfg,
+    def complete(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A model's keyword arguments: the caller's, and for the rest those that the weights belong to."""
+        if not self.model_args:
+            return kwargs
+        return {**self.model_args, "pretrained_model_args": self.model_args, **kwargs}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A model's folder, local or in the Hub's cache; without ``weights`` only its config is of interest."""
+
+    where: str
+    config: Path
+    weights: Path | None
+
+
+def resolve(
+    variant: str,
+    given_cfg: str | dict[str, Any] | PretrainedCfg | None,
     overlay: dict[str, Any] | None,
-    packaged: Path | None,
-    num_exits: Callable[[dict], int | None],
+    pretrained: bool,
+    num_exits: NumExits,
     cache_dir: str | Path | None = None,
-) -> Trained | None:
-    """Weights for ``name`` from where :data:`HUB_VARIABLE` or its pretrained config says, if that is outside.
+) -> Weights:
+    """The weights for a registered model, from the first of these that is there:
 
-    From the Hub only ``.safetensors`` is taken, unless the caller's overlay has ``hf_hub_filename``; a checkpoint
-    so asked for is read as tensors only.
+    1. the Hub repository or folder that the model's name is (``hf-hub:``, ``local-dir:``);
+    2. a file or state dict that the caller's pretrained config names;
+    3. the folder or Hub namespace that :data:`HUB_VARIABLE` names;
+    4. this installation;
+    5. the Hub repository that the model's pretrained config names.
+
+    In 3 a model is looked for under its registered name; a pretrained tag other than the architecture's default is part
+    of it (``dfs_vgg7_cifar100.joint``). From the Hub only ``.safetensors`` is taken, unless the caller's overlay has
+    ``hf_hub_filename``; a checkpoint so asked for is read as tensors only.
+
+    timm has read the ``config.json`` of 1 when this is called. It is read again here, also without ``pretrained``: a
+    config that was damaged on its way from the Hub is deleted from the cache and refused.
 
     Args:
-        name: The model's registered name, with its pretrained tag if it has one.
-        cfg: Its pretrained config, overlay included.
-        overlay: The caller's own part of it.
-        packaged: The weights' file that came with this installation, if one did.
-        num_exits: From the class's arguments to the number of exits they make; None if that cannot be told.
+        variant: Registered name, without a tag.
+        given_cfg: The entrypoint's ``pretrained_cfg``: a tag or a config.
+        overlay: The entrypoint's ``pretrained_cfg_overlay``; its values win over those of the weights' config.
+        pretrained: Whether weights are wanted.
+        num_exits: From the model's arguments to the number of exits.
         cache_dir: The Hub's cache.
 
     Returns:
-        None if the weights are packaged, the caller's own file or nowhere.
+        The weights; with an empty ``source`` if there are none.
 
     Raises:
-        ValueError: If what is there is not what it is called: see :func:`check_config`.
-        FileNotFoundError: If it is not there.
+        ValueError: If a config is not what it should be, see :func:`check_config`.
+        FileNotFoundError: If a folder or repository that was named does not hold the model.
+        OSError: If a file of the Hub's arrived damaged.
     """
-    file = (overlay or {}).get("hf_hub_filename") or WEIGHTS_FILE
+    overlay = overlay or {}
+    cfg = resolve_pretrained_cfg(variant, given_cfg, overlay)  # type: ignore[arg-type]  # a PretrainedCfg is fine too
+    default = get_pretrained_cfg(variant)
+    tag = None if default is not None and cfg.tag == default.tag else cfg.tag
+    place = _locate(f"{variant}.{tag}" if tag else variant, cfg, overlay, pretrained, cache_dir)
+    if place is None:
+        return Weights(cfg)
+    config = _read(place)
+    check_config(config, variant, num_exits, place.where)
+    if place.weights is None:
+        return Weights(cfg)
+    data = dict(config.get("pretrained_cfg", {}))
+    data.setdefault("tag", tag)
+    if config.get("num_classes"):
+        data["num_classes"] = config["num_classes"]
+    data.update(overlay)
+    cfg = replace(
+        cfg,
+        **{key: value for key, value in data.items() if key in _DATA_FIELDS},
+        file=str(place.weights),
+        source="",
+        custom_load=False,
+        url=None,
+        state_dict=None,
+        hf_hub_id=None,
+        hf_hub_filename=None,
+    )
+    return Weights(cfg, config.get("model_args", {}))
+
+
+def check_named(name: str, cache_dir: str | Path | None = None) -> None:
+    """Check the ``config.json`` of a Hub repository before timm reads it; other names pass.
+
+    Whoever calls ``timm.create_model`` through this package gets thereby a clear error, and a damaged file is deleted
+    even if so little is left of it that timm could not read on to :func:`resolve`.
+
+    Raises:
+        FileNotFoundError, OSError: See :func:`fetch`.
+    """
+    if name.startswith(_HUB_PREFIXES):
+        fetch(name.partition(":")[2], CONFIG_FILE, cache_dir)
+
+
+def _locate(
+    name: str, cfg: PretrainedCfg, overlay: dict[str, Any], pretrained: bool, cache_dir: str | Path | None
+) -> _Place | None:
+    file = overlay.get("hf_hub_filename") or WEIGHTS_FILE
+    if cfg.source == "local-dir":  # timm finds the weights
+        return _Place(str(cfg.file), Path(str(cfg.file)) / CONFIG_FILE, None)
     if cfg.source == "hf-hub":
-        return _from_hub(str(cfg.hf_hub_id), file, name, num_exits, cache_dir)
-    if cfg.source == "local-dir" or cfg.state_dict or (cfg.file and Path(str(cfg.file)) != packaged):
+        return _on_hub(str(cfg.hf_hub_id), file if pretrained else None, cache_dir)
+    packaged = packaged_folder_of(cfg.file)
+    if not pretrained or cfg.state_dict or (cfg.file and packaged is None):
         return None
-    place = os.environ.get(HUB_VARIABLE)
-    if place and (os.sep in place or Path(place).is_dir()):
-        folder = Path(place) / name
-        if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(
-                f"{HUB_VARIABLE} is {place}, but there is no {WEIGHTS_FILE} and {CONFIG_FILE} in {folder}; unset it, "
-                "or name another folder."
-            )
-        return _trained(folder / WEIGHTS_FILE, folder / CONFIG_FILE, name, num_exits, str(folder))
-    if place:
-        return _from_hub(f"{place}/{name}", file, name, num_exits, cache_dir)
-    if cfg.hf_hub_id and not cfg.file:
-        return _from_hub(str(cfg.hf_hub_id), file, name, num_exits, cache_dir)
+    hub = os.environ.get(HUB_VARIABLE)
+    if hub and not overlay.get("file"):
+        return _in_hub_variable(hub, name, file, cache_dir)
+    if packaged is not None:
+        return _Place(str(packaged), packaged / CONFIG_FILE, packaged / WEIGHTS_FILE)
+    if cfg.hf_hub_id:
+        return _on_hub(str(cfg.hf_hub_id), file, cache_dir)
     return None
 
 
-def _from_hub(
-    repo: str, file: str, name: str, num_exits: Callable[[dict], int | None], cache_dir: str | Path | None
-) -> Trained:
+def _in_hub_variable(hub: str, name: str, file: str, cache_dir: str | Path | None) -> _Place:
+    if os.sep not in hub and not Path(hub).is_dir():
+        return _on_hub(f"{hub}/{name}", file, cache_dir)
+    folder = Path(hub) / name
+    if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{HUB_VARIABLE} is {hub}, but there is no {WEIGHTS_FILE} and {CONFIG_FILE} in {folder}; unset it, "
+            "or name another folder."
+        )
+    return _Place(str(folder), folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+
+def _on_hub(repo: str, file: str | None, cache_dir: str | Path | None) -> _Place:
     config = fetch(repo, CONFIG_FILE, cache_dir)
+    if file is None:
+        return _Place(repo, config, None)
     repo_id = repo.partition("@")[0]
     try:
-        weights = fetch(f"{repo_id}@{config.parent.name}", file, cache_dir)  # of the same commit
+        return _Place(repo, config, fetch(f"{repo_id}@{config.parent.name}", file, cache_dir))  # of the same commit
     except FileNotFoundError as error:
         if file == WEIGHTS_FILE and "has no" in str(error):
             raise FileNotFoundError(
-                f"{error} Pickled checkpoints of the Hub's are not loaded; if you trust one, name it with "
-                "pretrained_cfg_overlay=dict(hf_hub_filename=...), and its tensors alone are read."
+                f"{error} Pickled checkpoints are not loaded from the Hub; if you trust one, name it with "
+                "pretrained_cfg_overlay=dict(hf_hub_filename=...), and only its tensors are read."
             ) from error
         raise
-    return _trained(weights, config, name, num_exits, repo)
 
 
-def _trained(weights: Path, config: Path, name: str, num_exits: Callable[[dict], int | None], where: str) -> Trained:
+def _read(place: _Place) -> dict[str, Any]:
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        return json.loads(place.config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{CONFIG_FILE} of {where} is no JSON ({error}).") from error
-    check_config(content, name, num_exits, where)
-    data = {key: value for key, value in content.get("pretrained_cfg", {}).items() if key in _DATA_FIELDS}
-    if content.get("num_classes"):
-        data["num_classes"] = content["num_classes"]
-    overlay = dict(
-        data, file=str(weights), source="", custom_load=False, hf_hub_id=None, url=None, hf_hub_filename=None
-    )
-    return Trained(overlay, content.get("model_args", {}))
+        raise ValueError(f"{CONFIG_FILE} of {place.where} is not JSON ({error}).") from error

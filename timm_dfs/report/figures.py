@@ -357,21 +357,25 @@ def _latency(figure: Figure, timings: Sequence[Timing]) -> str:
     for axes, size in zip(panels, sizes):
         rows = [timing for timing in timings if timing.batch_size == size]
         axes.barh(ways, [t.p50 for t in rows], color=[colour_of.get(way, EARLY) for way in ways], height=0.72)
-        axes.hlines(range(len(rows)), [t.p50 for t in rows], [t.p95 for t in rows], color=light("muted"), linewidth=1.2)
+        ends = [t.p50 if t.p95 is None else t.p95 for t in rows]
+        axes.hlines(range(len(rows)), [t.p50 for t in rows], ends, color=light("muted"), linewidth=1.2)
         for row, t in enumerate(rows):
             axes.annotate(
-                f"{t.p50:,.1f} (p95 {t.p95:,.1f})",
-                (t.p95, row),
+                f"{t.p50:,.1f}" if t.p95 is None else f"{t.p50:,.1f} (p95 {t.p95:,.1f})",
+                (ends[row], row),
                 (4, 0),
                 textcoords="offset points",
                 va="center_baseline",
                 fontsize=8,
             )
-        axes.set_xlim(0, 1.6 * max(t.p95 for t in rows))
+        axes.set_xlim(0, 1.6 * max(ends))
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0, labelsize=9)
         axes.set_title(f"batch of {size}: milliseconds", loc="left")
-    told = (f"{t.way} at batch {t.batch_size} {t.p50:,.1f} (95 % below {t.p95:,.1f})" for t in timings)
+    told = (
+        f"{t.way} at batch {t.batch_size} {t.p50:,.1f}" + ("" if t.p95 is None else f" (95 % below {t.p95:,.1f})")
+        for t in timings
+    )
     return f"Median latency of a batch in milliseconds: {'; '.join(told)}."

@@ -8,7 +8,8 @@ import torch
 
 from ..base.model import MultiExitModel
 from ..calibration.budgeted_batch import BudgetPoint, budgeted_batch
-from ..calibration.operating_point import Data, Measurement, fingerprints, measure_policy
+from ..calibration.operating_point import Data, Measurement, measure_policy
+from ..calibration.seen import fingerprints, refuse_seen
 from ..evaluation.accuracy import Reliability, anytime_accuracy, calibration_error, reliability, risk_coverage
 from ..evaluation.flops import exit_flops, last_exit_flops
 from ..inference.policy import ExitPolicy
@@ -113,7 +114,7 @@ def find(model: MultiExitModel, test: Data, val: Data | None = None, dataset: st
         raise ValueError(f"test has {logits.shape[0]} exits, the model {model.num_exits}; give logits of this model.")
     accuracy, error = anytime_accuracy(logits, targets), calibration_error(logits, targets)
     if val is not None:
-        _refuse_shared(val[0], logits)
+        refuse_seen(fingerprints(val[0]), logits, "test", "the budgeted-batch curve")
     alone = exit_flops(model, lazy=True, heads=())
     flops, published_flops = exit_flops(model, lazy=True), exit_flops(model)
     published = published_results(dataset, model.num_classes, published_flops)
@@ -163,13 +164,3 @@ def _fitted_on(preset: dict) -> str:
     if not source:
         return "not recorded"
     return f"{source['dataset']}, {source['split']}: {source['samples']:,} samples"
-
-
-def _refuse_shared(val_logits: torch.Tensor, test_logits: torch.Tensor) -> None:
-    seen = fingerprints(val_logits)
-    known = sum(row.tobytes() in seen for row in test_logits[-1].float().numpy())
-    if known > test_logits.shape[1] / 100:
-        raise ValueError(
-            f"{known} of the {test_logits.shape[1]} test samples are among the validation samples, which would flatter "
-            "the thresholds; give another validation split."
-        )

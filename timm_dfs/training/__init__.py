@@ -1,1 +1,1 @@
-"""Training: losses of the exits, aggregation of their gradients, timm's task, gradient conflict, a run's checkpoint."""
+"""Training: exit losses, gradient aggregation, timm's training tasks, gradient conflict, checkpoints of a run."""

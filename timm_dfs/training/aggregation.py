@@ -1,4 +1,4 @@
-"""One gradient out of the exits' gradients: PCGrad and its kind, by torchjd."""
+"""Aggregation of the exits' gradients into one, by PCGrad and similar methods of torchjd."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,10 +12,14 @@ Aggregate = Callable[[torch.Tensor], torch.Tensor]
 
 
 def make_aggregator(name: str, losses: int) -> Aggregate:
-    """torchjd's aggregator called ``name``: from a Jacobian (``losses``, P) to a gradient (P,).
+    """torchjd's aggregator called ``name``, a function from a Jacobian (``losses``, P) to a gradient (P,).
+
+    Args:
+        name: One of :data:`~timm_dfs.base.objective.AGGREGATORS`.
+        losses: Number of losses.
 
     Raises:
-        ModuleNotFoundError: If torchjd, or what it needs for this aggregator, is not installed.
+        ModuleNotFoundError: If torchjd, or a package that it needs for this aggregator, is not installed.
     """
     try:
         from torchjd import aggregation
@@ -29,31 +33,31 @@ def make_aggregator(name: str, losses: int) -> Aggregate:
 
 
 class AggregatedExitsLoss(ExitsLoss):
-    """The exits' losses summed as a value, with an aggregate of their gradients as the gradient.
+    """Loss whose value is the sum of the exits' losses and whose gradient is an aggregate of their gradients.
 
-    ``backward()`` leaves in ``.grad`` what the aggregator makes of the exits' gradients of those parameters that
-    several exits train, together; the others, which one exit trains, get their gradient as it is. Every exit's
-    gradient is computed in the forward pass, by one backward pass each, so the peak is that of one backward pass
-    and one copy of the shared gradients for each exit. Under DistributedDataParallel, gradients are averaged over
-    the processes before they are aggregated: what is aggregated is the global batch's.
+    The aggregator combines the exits' gradients of the parameters that at least two exits train, as one vector for each
+    exit. A parameter that one exit trains gets its gradient unchanged. Every exit's gradient is computed in the forward
+    pass, by one backward pass each; peak memory is that of one backward pass plus, for each exit, one copy of the
+    shared gradients. Under DistributedDataParallel, each exit's gradient is averaged over the processes before
+    aggregation, so the result is that of the global batch.
 
     Args:
         criterion: Loss of one exit.
         objective: Settings; ``objective.aggregator`` names the aggregator.
         parameters: The model's parameters.
-        num_exits: How many exits it has.
+        num_exits: Number of exits of the model.
 
     Raises:
-        ModuleNotFoundError: If torchjd is missing.
-        ValueError: In training, if the model is compiled, or gradients are already there: the aggregate of parts of a
-            batch is not the batch's.
+        ModuleNotFoundError: If torchjd is not installed.
+        ValueError: In training, if the model is compiled, or if parameters have gradients already, because aggregates
+            of partial batches do not add up to the aggregate of the batch.
     """
 
     def __init__(self, criterion: Criterion, objective: Objective, parameters: Iterable[nn.Parameter], num_exits: int):
         super().__init__(criterion, objective)
         self._of_model = list(parameters)
         weights = objective.loss_weights or [1.0] * num_exits
-        self._counting = [k for k, weight in enumerate(weights) if weight > 0]  # an exit of weight 0 has no say
+        self._counting = [k for k, weight in enumerate(weights) if weight > 0]  # exits of weight 0 are left out
         self._aggregate = make_aggregator(str(objective.aggregator), len(self._counting))
 
     @property
@@ -65,15 +69,15 @@ class AggregatedExitsLoss(ExitsLoss):
             return super().forward(outputs, target)
         if any(parameter.grad is not None and parameter.grad.any() for parameter in self._trained):
             raise ValueError(
-                f"aggregator={self.objective.aggregator!r} found gradients of an earlier batch: gradients cannot be "
-                "accumulated over batches and then aggregated. Train without --grad-accum-steps."
+                f"aggregator={self.objective.aggregator!r} found gradients of an earlier batch. Aggregated gradients "
+                "cannot be accumulated over batches; train without --grad-accum-steps."
             )
         losses = self.of_each_exit(outputs, target)
         value = torch.stack(losses).sum().detach()
         return _WithGradient.apply(value, self._gradients(losses), *self._trained)
 
     def _gradients(self, losses: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """The gradient of every trained parameter."""
+        """The gradient of every trained parameter; ``None`` where no loss reaches it."""
         rows = [self._gradients_of(losses[k], last=k == self._counting[-1]) for k in self._counting]
         self._drop_zeros(rows)
         counts = [sum(row[i] is not None for row in rows) for i in range(len(self._trained))]
@@ -85,7 +89,7 @@ class AggregatedExitsLoss(ExitsLoss):
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(jacobian)
             jacobian /= distributed.get_world_size()
-        # Where a loss is not finite, so are the gradients: for the training script to deal with, as always.
+        # Gradients that are not finite stay so, for the training script's own check.
         with torch.autocast(jacobian.device.type, enabled=False):
             aggregated = self._aggregate(jacobian) if jacobian.isfinite().all() else jacobian.sum(0)
         for i, gradient in zip(shared, aggregated.split([self._trained[i].numel() for i in shared])):
@@ -94,15 +98,15 @@ class AggregatedExitsLoss(ExitsLoss):
 
     @staticmethod
     def _drop_zeros(rows: list[list[torch.Tensor | None]]) -> None:
-        """Take zeros out of ``rows`` where another exit has more: a stop-gradient leaves them rather than nothing.
+        """Replace gradients that are all zero by ``None`` in ``rows``, except a parameter's first if all are zero.
 
-        So do gradients through a compiled model, and those of other exits' adapters.
+        A stop-gradient, a compiled model and the adapters of other exits give zeros instead of no gradient.
         """
         places = [(row, i, gradient) for row in rows for i, gradient in enumerate(row) if gradient is not None]
         if not places:
             return
         norms = torch._foreach_norm([gradient for *_, gradient in places], float("inf"))
-        trains = (torch.stack(norms) != 0).int()  # what is not a number counts
+        trains = (torch.stack(norms) != 0).int()  # true for NaN too
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(trains, distributed.ReduceOp.MAX)
         by_parameter: dict[int, list[tuple[list, int]]] = {}
@@ -115,7 +119,7 @@ class AggregatedExitsLoss(ExitsLoss):
                     row[i] = None
 
     def _jacobian(self, rows: list[list[torch.Tensor | None]], shared: list[int]) -> torch.Tensor:
-        """The shared parameters' gradients, one row for each exit; taken out of ``rows``, never there twice."""
+        """The shared parameters' gradients, one row for each exit. Moved out of ``rows`` one by one, to save memory."""
         sizes = [self._trained[i].numel() for i in shared]
         jacobian = self._trained[0].new_empty(len(rows), sum(sizes), dtype=torch.float32)
         for i, columns in zip(shared, jacobian.split(sizes, dim=1)):
@@ -135,12 +139,12 @@ class AggregatedExitsLoss(ExitsLoss):
                 raise
             raise ValueError(
                 f"aggregator={self.objective.aggregator!r} needs one backward pass for each exit, which a compiled "
-                "model does not allow. Train without --torchcompile."
+                "model does not allow; train without --torchcompile."
             ) from error
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value with given gradients with respect to given parameters."""
+    """A value whose gradients with respect to some parameters are given."""
 
     @staticmethod
     def forward(ctx, value, gradients, *parameters):

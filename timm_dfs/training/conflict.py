@@ -1,4 +1,4 @@
-"""How far the exits pull the weights they share in different directions."""
+"""Gradient conflict: the angle between the exits' gradients of the weights that they share."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,16 @@ class GradientConflict:
 
     Attributes:
         layers: Names of the L modules whose own parameters at least two exits train, in the network's order.
-        cosine: Cosine for each of them and each pair of exits, the mean over batches (L, E, E); NaN where not both
-            exits train the layer.
-        conflicting: Share of pairs that conflict (cosine below 0) among all pairs of different exits that train a
-            layer together, over layers and batches.
+        cosine: Cosine (L, E, E) for each layer and pair of exits, averaged over batches; NaN where not both exits train
+            the layer.
+        conflicting: Share, in [0, 1], of pairs with a cosine below 0, among all pairs of different exits that both
+            train a layer, over layers and batches.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> found = timm_dfs.GradientConflict(("stem",), torch.tensor([[[1.0, -0.5], [-0.5, 1.0]]]), conflicting=1.0)
+        >>> found.cosine[0, 0, 1].item()  # between exits 0 and 1, for the first layer
+        -0.5
     """
 
     layers: tuple[str, ...]
@@ -28,24 +34,37 @@ class GradientConflict:
 
 
 def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> GradientConflict:
-    """Compare the gradients that the exits' cross-entropies give the weights they share (DFS, section 3.1).
+    """Measure the angle between the gradients of the exits' cross-entropies (DFS, arXiv 2407.13986, section 3.1).
 
-    Runs in eval mode, so that no statistics change, and leaves every parameter's ``.grad`` as it was. Keep batches
-    as large as training's: the gradients of small ones are mostly noise. Memory is that of one backward pass and one
-    gradient for each exit.
+    The model is evaluated in eval mode, so that no statistics change, and keeps every parameter's ``.grad``. Use
+    batches as large as in training, because the gradients of small batches are mostly noise. Memory is that of one
+    backward pass plus one gradient for each exit.
 
     Args:
         model: A network with exits.
         loader: Batches of images (B, in_chans, H, W) and labels (B,).
 
+    Returns:
+        Cosines between the exits' gradients, by layer, and the share of pairs that conflict.
+
     Raises:
         ValueError: If the model has no exits, the loader is empty, a gradient is not finite, or no layer is trained
             by two exits.
+
+    Example:
+        >>> import timm, torch, timm_dfs
+        >>> model = timm.create_model("dfs_vgg7_cifar100", beta="joint", depths=(1, 2), widths=(6, 8), num_classes=5)
+        >>> batch = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+        >>> found = timm_dfs.gradient_conflict(model, [batch])
+        >>> found.layers  # the layers that at least two exits train
+        ('stages.0.conv', 'stages.0.bn', 'stages.1.conv', 'stages.1.bn')
+        >>> tuple(found.cosine.shape), 0 <= found.conflicting <= 1
+        ((4, 3, 3), True)
     """
     require_exits(model)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
-        raise ValueError("No parameter is trained (all are frozen): nothing conflicts.")
+        raise ValueError("All parameters are frozen, so there are no gradients to compare; unfreeze the model.")
     layer_of = [name.rpartition(".")[0] for name, _ in named]
     layers = list(dict.fromkeys(layer_of))
     batches = []
@@ -62,14 +81,15 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
                 gradients.append(_by_layer(raw, layer_of))
             batches.append(torch.stack([_cosines([gradient.get(layer) for gradient in gradients]) for layer in layers]))
     if not batches:
-        raise ValueError("The loader gave no batch; check the data set and its split.")
+        raise ValueError("The loader has no batches; check the data set and its split.")
     cosine = torch.stack(batches)
     first, second = torch.triu_indices(model.num_exits, model.num_exits, offset=1)
     pairs = cosine[:, :, first, second]
     shared = ~pairs.isnan().all(0).all(-1)
     if not shared.any():
         raise ValueError(
-            "No layer is trained by two exits (beta 0, two exits or a frozen backbone): nothing conflicts."
+            "No layer is trained by two exits (beta is 0, or the backbone is frozen), so there are no gradients to "
+            "compare."
         )
     return GradientConflict(
         layers=tuple(name for name, is_shared in zip(layers, shared.tolist()) if is_shared),
@@ -79,9 +99,9 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
 
 
 def _by_layer(gradients: Sequence[torch.Tensor | None], layer_of: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The gradients joined to one vector a layer; layers that the loss does not reach are absent.
+    """The gradient of each layer as one vector, for the layers that the loss reaches.
 
-    A stop-gradient inside a layer's feature (referencing) leaves zeros rather than nothing: absent, too.
+    Layers whose gradient is all zero, which a stop-gradient (referencing) causes, are left out too.
     """
     parts: dict[str, list[torch.Tensor]] = {}
     for layer, gradient in zip(layer_of, gradients):
@@ -94,7 +114,7 @@ def _by_layer(gradients: Sequence[torch.Tensor | None], layer_of: Sequence[str])
 
 
 def _cosines(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Cosine of each pair (E, E), on the CPU; NaN where one is absent."""
+    """Cosine of each pair (E, E), on the CPU; NaN where one is ``None``."""
     cosine = torch.full((len(gradients), len(gradients)), float("nan"))
     present = [k for k, gradient in enumerate(gradients) if gradient is not None]
     vectors = [gradient for gradient in gradients if gradient is not None]

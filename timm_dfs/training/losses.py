@@ -1,4 +1,4 @@
-"""The training loss of a network with exits."""
+"""Training loss of a network with exits."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,19 +12,27 @@ from ..base.objective import Objective
 _logger = logging.getLogger(__name__)
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Loss of one exit, called as ``criterion(logits, target)``."""
 
 LOG_INTERVAL = 50
-"""Batches between two lines in the log, as in ``train.py``."""
+"""Number of batches between two lines in the log, as in timm's ``train.py``."""
 
 
 class ExitsLoss(nn.Module):
-    """Weighted sum of a criterion over all exits (DFS, equation 1), the last exit teaching the others if asked.
+    """Weighted sum of the exits' losses (DFS, equation 1), with distillation from the last exit if requested.
 
-    What each exit's criterion and accuracy were is logged every :data:`LOG_INTERVAL` batches, by the first process.
+    Each exit's mean criterion and accuracy are logged every :data:`LOG_INTERVAL` batches, by the first process.
 
     Args:
-        criterion: Loss of one exit: called with logits (B, C) and whatever targets the criterion takes.
-        objective: Weights and distillation; by default a plain sum.
+        criterion: Loss of one exit, called with logits (B, C) and the targets.
+        objective: Weights and distillation; by default an unweighted sum.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> loss = timm_dfs.ExitsLoss(torch.nn.CrossEntropyLoss(), timm_dfs.Objective(loss_weights=[0.5, 1]))
+        >>> logits = torch.zeros(4, 2), torch.zeros(4, 2)  # two exits, four samples, two classes
+        >>> round(loss(logits, torch.tensor([0, 1, 0, 1])).item(), 4)  # 1.5 log(2)
+        1.0397
     """
 
     def __init__(self, criterion: Criterion, objective: Objective | None = None):
@@ -38,9 +46,9 @@ class ExitsLoss(nn.Module):
         """Weighted loss of each exit, E scalars.
 
         Args:
-            outputs: The exits' logits, E tensors (B, C); with feature distillation, then the early exits' distances
-                from the last exit's feature (E - 1,), as a model in training mode gives them.
-            target: Targets (B,), or (B, C) where the criterion takes such.
+            outputs: Outputs of a model in training mode: the exits' logits, E tensors (B, C), and with feature
+                distillation the early exits' distances from the last exit's feature (E - 1,).
+            target: Targets (B,), or (B, C) if the criterion takes soft targets.
         """
         objective = self.objective
         logits, distances = outputs, None
@@ -61,19 +69,25 @@ class ExitsLoss(nn.Module):
         return losses
 
     def forward(self, outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-        """Loss of what a model puts out; one tensor (eval mode's last exit) counts as one exit."""
+        """Loss, a scalar, of a model's outputs.
+
+        Args:
+            outputs: Outputs in training mode, as for :meth:`of_each_exit`; or, in eval mode, the last exit's logits
+                (B, C), whose loss is the criterion alone.
+            target: Targets, as for :meth:`of_each_exit`.
+        """
         if isinstance(outputs, torch.Tensor):
             return self.criterion(outputs, target)
         return torch.stack(self.of_each_exit(outputs, target)).sum()
 
     @torch.no_grad()
     def _log(self, losses: list[torch.Tensor], logits: Sequence[torch.Tensor], target: torch.Tensor) -> None:
-        """Every exit's criterion and accuracy since the last line, because ``train.py`` knows one output only."""
+        """Log every exit's mean criterion and accuracy since the last line; ``train.py`` logs the sum only."""
         if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
             return
         correct = [_accuracy(exit_logits, target) for exit_logits in logits]
         self._sums.append(torch.stack([torch.stack(losses).detach().float(), torch.stack(correct)]))
-        if self._batches % LOG_INTERVAL == 0:  # the first batch too: a run of few batches has a line
+        if self._batches % LOG_INTERVAL == 0:  # including the first batch, so that a short run has a line
             loss, accuracy = torch.stack(self._sums).mean(0).tolist()
             self._sums.clear()
             _logger.info(
@@ -84,7 +98,7 @@ class ExitsLoss(nn.Module):
 
 
 def _accuracy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Top-1 in percent, for soft targets that of their likeliest class; NaN where targets are not of one class."""
+    """Top-1 accuracy in percent. The class of a soft target is its largest; NaN for targets of several classes."""
     one_class = torch.ones((), dtype=torch.bool, device=logits.device)
     if target.ndim == 2 and target.shape == logits.shape:
         one_class = ((target.sum(-1) - 1).abs() < 1e-3).all()

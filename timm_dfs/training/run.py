@@ -74,9 +74,7 @@ def read_run(file: Path) -> TrainingRun:
     given.update(arguments.get("model_kwargs") or {})
     return TrainingRun(
         model=name,
-        model_args={
-            key: value for key, value in given.items() if key not in SETTINGS and (value is not None or key == "beta")
-        },
+        model_args={key: value for key, value in given.items() if key not in SETTINGS and value is not None},
         arguments=arguments,
         epoch=int(checkpoint.get("epoch", 0)),
     )

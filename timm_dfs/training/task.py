@@ -1,8 +1,7 @@
-"""How the plugin gets hold of the loss in timm's ``train.py``.
+"""Adaptation of timm's training tasks, so that the unmodified ``train.py`` trains every exit.
 
-``train.py`` builds ``timm.task.ClassificationTask(model, criterion)`` and has imported that class before the
-plugin is imported, so replacing the name would come too late: the classes themselves are taught what a model with
-exits needs.
+``train.py`` builds ``timm.task.ClassificationTask(model, criterion)`` and imports that class before the plugin.
+Replacing the class in its module would have no effect there, so methods of the class are replaced instead.
 """
 
 import functools
@@ -20,11 +19,11 @@ from .losses import Criterion, ExitsLoss
 
 
 def install() -> None:
-    """Make timm's training tasks train every exit of a :class:`MultiExitModel`, or refuse. Repeating it is harmless."""
+    """Make timm's training tasks train every exit of a :class:`MultiExitModel`, or refuse. Can be called repeatedly."""
     if getattr(ClassificationTask.__init__, "of_timm_dfs", False):
         return
     _replace(ClassificationTask, "__init__", _training_every_exit)
-    _replace(ClassificationTask, "prepare_distributed", _on_processors_too)
+    _replace(ClassificationTask, "prepare_distributed", _without_device_ids_on_cpu)
     _replace(TrainingTask, "get_clip_parameters", _excluding_every_head)
     for task in (LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask):
         _replace(task, "__init__", _refusing_exits)
@@ -38,13 +37,18 @@ def _replace(task: Any, name: str, make: Callable[[Callable], Callable]) -> None
 
 
 def _with_exits(model: nn.Module) -> MultiExitModel | None:
-    """The model inside compiled and distributed wrappers, if it has exits."""
+    """The model inside compiled and distributed wrappers; ``None`` if it has no exits."""
     model = unwrap_model(model)
     return model if isinstance(model, MultiExitModel) else None
 
 
 def exits_loss(model: MultiExitModel, criterion: Criterion) -> ExitsLoss:
-    """The loss that ``model.objective`` asks for."""
+    """Training loss of a model, as ``model.objective`` sets it.
+
+    Args:
+        model: A network with exits.
+        criterion: Loss of one exit.
+    """
     if model.objective.aggregator:
         return AggregatedExitsLoss(criterion, model.objective, model.parameters(), model.num_exits)
     return ExitsLoss(criterion, model.objective)
@@ -59,8 +63,8 @@ def _training_every_exit(original: Callable) -> Callable:
     return __init__
 
 
-def _on_processors_too(original: Callable) -> Callable:
-    """DistributedDataParallel wants no device ids on the CPU; ``train.py`` gives them always."""
+def _without_device_ids_on_cpu(original: Callable) -> Callable:
+    """Leave out device ids, which ``train.py`` always gives, on the CPU, where DistributedDataParallel refuses them."""
 
     def prepare_distributed(self, device_ids=None, **kwargs):
         if _with_exits(self.trainable_module) is not None and self.device.type == "cpu":
@@ -85,8 +89,8 @@ def _refusing_exits(original: Callable) -> Callable:
     def __init__(self, student_model, *args, **kwargs):
         if (model := _with_exits(student_model)) is not None:
             raise ValueError(
-                f"timm's {type(self).__name__} would train one of this network's {model.num_exits} exits only. Leave "
-                "out --kd-model-name; --model-kwargs distill_weight=0.3 makes the last exit teach the others."
+                f"timm's {type(self).__name__} would train only one of this network's {model.num_exits} exits. Leave "
+                "out --kd-model-name; --model-kwargs distill_weight=0.3 distils the last exit into the others."
             )
         original(self, student_model, *args, **kwargs)
 

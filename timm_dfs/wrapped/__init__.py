@@ -1,1 +1,1 @@
-"""Any backbone of timm's with exits."""
+"""Exits for any timm backbone."""

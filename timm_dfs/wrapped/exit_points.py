@@ -1,4 +1,4 @@
-"""Where exits can go in a backbone of timm's, and what every family's feature looks like there."""
+"""Exit points of a timm backbone: the modules after which exits can be attached, and the features there."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,9 @@ from ..base.evaluating import BATCH, without_data
 from .families import family_of
 from .taps import last_called
 
+_LAYOUTS = {4: {"NCHW": 1, "NHWC": -1}, 3: {"NLC": -1, "NCL": 1}}
+"""Channel axis of each layout, by the number of axes."""
+
 
 @dataclass(frozen=True)
 class ExitPoint:
@@ -21,7 +24,7 @@ class ExitPoint:
         module: Its name in the backbone.
         channels: Size of its output along the channel axis.
         layout: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (tokens) or ``"NCL"``.
-        reduction: Size of the image over that of the feature; 0 where that says nothing.
+        reduction: Height of the image over that of the feature; 0 for tokens.
     """
 
     module: str
@@ -46,7 +49,7 @@ def stages(backbone: nn.Module) -> list[str]:
 
 
 def spread(names: Sequence[str], exits: int) -> list[str]:
-    """The early exit points of ``exits`` exits, evenly spread over stages of which the last is the last exit's."""
+    """Names of the stages after which ``exits`` - 1 early exits go, evenly spread; the last stage has the last exit."""
     return [names[math.ceil(len(names) * (k + 1) / exits) - 1] for k in range(exits - 1)]
 
 
@@ -54,11 +57,11 @@ def choose(backbone: nn.Module, exits: int | Sequence[str]) -> list[str]:
     """Names of the modules after which the early exits go.
 
     Args:
-        backbone: A model of timm's.
-        exits: How many exits, the last included, or the early exits' modules.
+        backbone: A timm model.
+        exits: Number of exits, the last included, or the names of the early exits' modules.
 
     Raises:
-        ValueError: If there are not so many points, or a name is wrong.
+        ValueError: If the backbone has fewer stages, or a name is wrong.
     """
     names = stages(backbone)
     kind = type(backbone).__name__
@@ -66,15 +69,15 @@ def choose(backbone: nn.Module, exits: int | Sequence[str]) -> list[str]:
         if exits < 2:
             raise ValueError(f"exits is {exits}; give at least 2, the last included.")
         if not names:
-            raise ValueError(f"{kind} does not say where its stages end; give the names of modules as exits.")
+            raise ValueError(f"{kind} has no feature_info that names its stages; give the names of modules as exits.")
         if exits > len(names):
             raise ValueError(
-                f"exits is {exits}, but {kind} has {len(names)} stages ({', '.join(names)}); give at most so many, or "
-                "the names of modules."
+                f"exits is {exits}, but {kind} has {len(names)} stages ({', '.join(names)}); give at most "
+                f"{len(names)}, or the names of modules."
             )
         return spread(names, exits)
     if isinstance(exits, str) or not isinstance(exits, Sequence) or not all(isinstance(name, str) for name in exits):
-        raise ValueError(f"exits is {exits!r}; give how many, or the names of the modules after which they go.")
+        raise ValueError(f"exits is {exits!r}; give the number of exits, or the names of the early exits' modules.")
     if not exits:
         raise ValueError("exits is empty; give at least one module after which an early exit goes.")
     modules = dict(backbone.named_modules())
@@ -82,15 +85,15 @@ def choose(backbone: nn.Module, exits: int | Sequence[str]) -> list[str]:
     if unknown:
         raise ValueError(
             f"{kind} has no module {', '.join(unknown)} for an exit. Its stages end with {', '.join(names)}; other "
-            f"modules have names such as {', '.join(list(modules)[1:6])}."
+            f"modules are named {', '.join(list(modules)[1:6])} …"
         )
     if len({last_called(modules[name]) for name in exits}) < len(exits):
-        raise ValueError(f"exits is {tuple(exits)}, with one place twice; give every module once.")
+        raise ValueError(f"exits is {tuple(exits)}, which names one exit point twice; give every module once.")
     return list(exits)
 
 
 class _Probe:
-    """Forward hook that notes what a module puts out."""
+    """Forward hook that records the shape of a module's output."""
 
     def __init__(self, name: str, element: int, seen: list[tuple[str, torch.Size]]):
         self.name, self.element, self.seen = name, element, seen
@@ -98,20 +101,21 @@ class _Probe:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         feature = output[self.element] if isinstance(output, (list, tuple)) and output else output
         if not isinstance(feature, torch.Tensor):
-            raise ValueError(f"{self.name} puts out a {type(feature).__name__}, not a tensor; take another module.")
+            raise ValueError(f"{self.name} returns a {type(feature).__name__}, not a tensor; give another module.")
         self.seen.append((self.name, feature.shape))
 
 
 def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[ExitPoint]:
-    """What an image's feature looks like at each of these modules, found by a forward pass without data.
+    """Exit points at these modules, described from a forward pass on shapes alone.
 
     Args:
-        backbone: A model of timm's.
+        backbone: A timm model.
         names: Modules after which early exits are to go, shallow to deep.
         input_size: (channels, height, width) of an image.
 
     Raises:
-        ValueError: If a module is not an exit point: never called, called twice, out of order, or no tensor.
+        ValueError: If a module cannot be an exit point: it is never called, called twice, out of order, or its output
+            is not a batch of maps or tokens.
     """
     kind = type(backbone).__name__
     seen = _run(backbone, names, input_size)
@@ -120,19 +124,19 @@ def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) 
     if wrong:
         raise ValueError(f"A forward pass of {kind} calls {', '.join(wrong)}; exits go after modules called once.")
     if order != list(names):
-        raise ValueError(f"exits is {tuple(names)}, but {kind} gets to them in the order {tuple(order)}; give that.")
+        raise ValueError(f"exits is {tuple(names)}, but {kind} calls them in the order {tuple(order)}; give that.")
     unbatched = [name for name, shape in seen if shape[0] != BATCH]
     if unbatched:
-        raise ValueError(f"The first axis of {', '.join(unbatched)} of {kind} is not the batch; take other modules.")
+        raise ValueError(f"The first axis of {', '.join(unbatched)} of {kind} is not the batch; give other modules.")
     family = family_of(backbone)
-    described = family.stages is None and family.element == 0  # else feature_info describes other tensors
+    described = family.stages is None and family.element == 0  # otherwise feature_info describes other tensors
     info = list(getattr(backbone, "feature_info", None) or []) if described else []
     known = {entry["module"]: entry["num_chs"] for entry in info if entry.get("module")}
     return [_describe(backbone, name, shape, known, input_size) for name, shape in seen]
 
 
 def _run(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[tuple[str, torch.Size]]:
-    """Shapes at the exit points, in the order in which a forward pass gets to them."""
+    """Shapes of the features at the exit points, in the order of the forward pass."""
     seen: list[tuple[str, torch.Size]] = []
     modules = dict(backbone.named_modules())
     element = family_of(backbone).element
@@ -157,10 +161,10 @@ def _describe(
         if layout not in matching:
             layout = matching[0] if matching else None
     if layout is None:
-        raise ValueError(f"{name} of {type(backbone).__name__} puts out {tuple(shape)}, in no layout known for exits.")
+        raise ValueError(
+            f"{name} of {type(backbone).__name__} returns {tuple(shape)}, which is neither a map nor tokens; give "
+            "another module."
+        )
     channels = shape[_LAYOUTS[len(shape)][layout]]
     height = {"NCHW": 2, "NHWC": 1}.get(layout)
     return ExitPoint(name, channels, layout, input_size[1] // shape[height] if height else 0)
-
-
-_LAYOUTS = {4: {"NCHW": 1, "NHWC": -1}, 3: {"NLC": -1, "NCL": 1}}

@@ -1,4 +1,4 @@
-"""Heads that suit the features of timm's backbones: maps early in a pyramid, maps late in one, tokens."""
+"""Exit heads for the features of timm backbones: shallow maps of a pyramid, deep maps, tokens."""
 
 import math
 from typing import Any
@@ -13,11 +13,11 @@ from .exit_points import ExitPoint
 KINDS = ("auto", "linear", "conv")
 
 DEEPEST = 32
-"""Stride of the map that a pyramid's last stage has, and that a head brings an early map to."""
+"""Stride of the last stage's map in a pyramid, to which a head reduces a shallow map."""
 
 WIDE = 192
-"""Channels from which on a head mixes them once only, at the coarsest of its maps: at a finer one it would cost up to a
-sixth of the backbone so far (ECA-ResNet-light, MobileOne-S4)."""
+"""Channels from which a head mixes channels only once, at its coarsest map: at a finer map, mixing would cost up to a
+sixth of the backbone up to the exit (ECA-ResNet-light, MobileOne-S4)."""
 
 
 def feature_head(
@@ -33,19 +33,21 @@ def feature_head(
     """A head for the feature at an exit point.
 
     Args:
-        kind: ``"linear"`` pools and classifies, tokens after a layer norm. ``"conv"`` condenses a map first, by
-            separable convolutions of stride 2 to about the stride a pyramid ends with: an early stage is too local
-            to be classified as it is (MSDNet, section 4). ``"auto"`` does so for maps that are early.
-        point: Where the exit is.
+        kind: ``"linear"`` pools and classifies; tokens and channels-last maps pass a layer norm first. ``"conv"`` first
+            reduces a map by separable convolutions of stride 2 to about the stride of a pyramid's last stage, because
+            shallow features are too local to be classified directly (MSDNet, section 4). ``"auto"``: as ``"conv"`` for
+            shallow maps, else as ``"linear"``.
+        point: Exit point of the head.
         num_classes: Classes; 0 for pooled features.
-        prefix_tokens: Class and other tokens before those of the image.
-        pool_type: ``"token"``: the first prefix tokens of the backbone answer; else the average of the image's tokens.
-        drop_rate: Dropout before the classifier.
-        device: Where to make the parameters.
-        dtype: Their type.
+        prefix_tokens: Number of class and register tokens before the image's tokens.
+        pool_type: The backbone's pooling. ``"token"``: classify the first prefix token; otherwise the average of the
+            image's tokens.
+        drop_rate: Dropout rate before the classifier.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If ``kind`` is none of these or does not fit the feature.
+        ValueError: If ``kind`` is not one of these or does not fit the feature.
     """
     if kind not in KINDS:
         raise ValueError(f"head is {kind!r}; choose one of {', '.join(map(repr, KINDS))}.")
@@ -53,7 +55,7 @@ def feature_head(
     body: list[nn.Module] = []
     if point.layout == "NLC":
         if kind == "conv":
-            raise ValueError(f"head is 'conv', but {point.module} puts out tokens; take 'linear' or 'auto'.")
+            raise ValueError(f"head is 'conv', but {point.module} returns tokens; give 'linear' or 'auto'.")
         body = [LayerNorm(point.channels, **dd), PoolTokens(prefix_tokens, pool_type)]
     elif point.layout == "NCL":
         body = [nn.Unflatten(2, (-1, 1))]
@@ -67,7 +69,7 @@ def feature_head(
 
 
 class PoolTokens(nn.Module):
-    """From tokens (B, L, C) to a map of one value (B, C, 1, 1): the first token, or the average of the image's."""
+    """Pooling from tokens (B, L, C) to (B, C, 1, 1): the first token, or the average of the image's tokens."""
 
     def __init__(self, prefix_tokens: int, pool_type: str):
         super().__init__()
@@ -75,7 +77,7 @@ class PoolTokens(nn.Module):
         self.follow(pool_type)
 
     def follow(self, pool_type: str) -> None:
-        """Pool as the backbone does."""
+        """Pool as the backbone does with this ``pool_type``."""
         self.first = pool_type == "token" and self.prefix_tokens > 0
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -84,18 +86,18 @@ class PoolTokens(nn.Module):
 
 
 class ToChannelsFirst(nn.Module):
-    """From a map (B, H, W, C) to (B, C, H, W)."""
+    """Permutation of a map (B, H, W, C) to (B, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 3, 1, 2)
 
 
 class Condense(nn.Sequential):
-    """A separable convolution of stride 2, batch norm, ReLU, from (B, C, H, W) to (B, C, H/2, W/2).
+    """Separable convolution of stride 2, batch norm and ReLU, from (B, C, H, W) to (B, C, H/2, W/2).
 
     Args:
-        channels: C.
-        mix: Whether the convolution of each channel is followed by one across them.
+        channels: Number of channels C.
+        mix: Whether a 1x1 convolution across channels follows the depthwise convolution.
     """
 
     def __init__(self, channels: int, mix: bool = True, **dd):

@@ -1,6 +1,6 @@
-"""Any backbone of timm's with exits."""
+"""A network with exits around any timm backbone."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,40 +12,55 @@ from ..base.heads import Classifiers, check_num_classes
 from ..base.model import MultiExitModel, Reader, Visitor, refuse_reentrant
 from ..base.partition import Onward, Partition
 from ..base.rows import take
-from .exit_points import choose, probe
+from .active_samples import ActiveSamples
+from .exit_points import choose, probe, stages
 from .families import family_of
 from .feature_heads import PoolTokens, feature_head
-from .remaining import Remaining
-from .taps import CatchUp, MakeWhole, Stop, Tap, Visit, is_tapped, last_called
+from .taps import ForwardState, RestoreBatch, SelectActive, Stop, Tap, is_tapped, last_called
 from .with_classifier import WithClassifier, below, is_encoder
+
+DEFAULT_EXITS = 4
+"""Number of exits, the last included, of a backbone with at least as many stages."""
 
 
 class MultiExit(MultiExitModel):
-    """A backbone of timm's with partitioned early exits; its own end is the last exit.
+    """A timm backbone with partitioned early exits; its own classifier is the last exit.
 
-    The backbone stays whole, with its weights and its code: exits tap the outputs of its modules. In eval mode
-    ``forward`` is the backbone's own. Encoders without a classifier get one: :class:`timm_dfs.encoders.WithClassifier`.
+    The backbone keeps its weights and its code: hooks read the outputs of its modules. In eval mode ``forward`` is the
+    backbone's own. An encoder without a classifier gets one, see
+    :class:`~timm_dfs.wrapped.with_classifier.WithClassifier`.
 
     Args:
-        backbone: A model of timm's, with its weights.
-        exits: How many exits, the last included, evenly spread over the backbone's stages; or the names of the modules
-            after which the early exits go, shallow to deep.
-        beta: Partition ratio in [0, 1]; ``None`` for joint training.
+        backbone: A timm model, with its weights.
+        exits: Number of exits, the last included, spread evenly over the backbone's stages; or the names of the modules
+            after which the early exits are attached, shallow to deep. By default 4, or as many as there are stages.
+        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
-        head: ``"auto"``, ``"linear"`` or ``"conv"``, see :func:`timm_dfs.feature_heads.feature_head`.
-        drop_rate: Dropout before the early exits' classifiers.
+        head: ``"auto"``, ``"linear"`` or ``"conv"``, see :func:`~timm_dfs.wrapped.feature_heads.feature_head`.
+        drop_rate: Dropout rate before the early exits' classifiers.
         presets: Named operating points fitted to these weights.
 
     Raises:
-        ValueError: If the backbone is none of timm's or has exits already, an exit cannot be where it is wanted, or
-            another value is outside what is said above.
+        ValueError: If the backbone is not a timm model or has exits already, an exit cannot be attached at a given
+            module, or another value is not one of those listed above.
+
+    Example:
+        >>> import timm, torch, timm_dfs
+        >>> model = timm_dfs.MultiExit(timm.create_model("test_resnet", num_classes=5), exits=3)
+        >>> model.exit_points
+        ('backbone.layer1', 'backbone.layer3')
+        >>> images = torch.zeros(2, 3, 64, 64)
+        >>> [tuple(logits.shape) for logits in model.train()(images)]  # training: the logits of all exits
+        [(2, 5), (2, 5), (2, 5)]
+        >>> tuple(model.eval()(images).shape)  # evaluation: the last exit's
+        (2, 5)
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        exits: int | Sequence[str] = 4,
-        beta: float | None = 0.5,
+        exits: int | Sequence[str] | None = None,
+        beta: float | str | None = 0.5,
         referencing: str = "two_sided",
         head: str = "auto",
         drop_rate: float = 0.0,
@@ -58,6 +73,8 @@ class MultiExit(MultiExitModel):
         in_chans = getattr(backbone, "in_chans", None) or traits.pretrained_cfg["input_size"][0]
         super().__init__(traits.num_classes, in_chans, drop_rate, beta, referencing, presets)
         size = (in_chans, *_image_size(backbone))
+        if exits is None:
+            exits = max(2, min(DEFAULT_EXITS, len(stages(backbone))))
         points = probe(backbone, choose(backbone, exits), size)
         parameter = next(backbone.parameters())
         self.backbone = traits
@@ -81,27 +98,27 @@ class MultiExit(MultiExitModel):
             dict(module=f"backbone.{point.module}", num_chs=point.channels, reduction=point.reduction)
             for point in points
         ]
-        self.visit = Visit(self._replay)
+        self.forward_state = ForwardState(self._replay)
         modules = dict(backbone.named_modules())
         family = family_of(backbone)
         for k, point in enumerate(points):
-            last_called(modules[point.module]).register_forward_hook(Tap(k, self.visit, family.element))
-        for name in family.catch_up(backbone):
-            modules[name].register_forward_pre_hook(CatchUp(self.visit), with_kwargs=True)
-        for name in family.whole(backbone):
-            modules[name].register_forward_hook(MakeWhole(self.visit))
+            last_called(modules[point.module]).register_forward_hook(Tap(k, self.forward_state, family.element))
+        for name in family.select_active(backbone):
+            modules[name].register_forward_pre_hook(SelectActive(self.forward_state), with_kwargs=True)
+        for name in family.restore_batch(backbone):
+            modules[name].register_forward_hook(RestoreBatch(self.forward_state))
         self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
         self.num_features = traits.num_features
         self.head_hidden_size = self.pooled_widths()[-1]
-        self.training = backbone.training  # the backbone's modules keep their own modes
+        self.training = backbone.training  # the backbone's modules keep their modes
         self.heads.train(self.training)
         self.shrinks = self._can_shrink(size)
 
     backbone: Any
 
     shrinks: bool
-    """Whether the batch can get smaller on the way. Where it cannot, because something goes past an exit point or the
-    batch's size is remembered, samples that have left are computed on."""
+    """Whether the batch can shrink during a forward pass. Where it cannot, because a tensor bypasses an exit point or
+    the backbone stores the batch size, samples that have exited are still computed."""
 
     def _can_shrink(self, input_size: tuple[int, int, int]) -> bool:
         self.shrinks = True
@@ -114,13 +131,13 @@ class MultiExit(MultiExitModel):
         try:
             with without_data(self, input_size) as images:
                 self.walk(images, visit)
-        except Exception:  # whatever a batch of another size makes the rest of the network stumble over
+        except Exception:  # any error that a smaller batch raises in the deeper layers
             return False
         return sizes == [max(BATCH - k, 1) for k in range(self.num_exits)]
 
     @property
     def default_cfg(self) -> dict[str, Any]:
-        """timm's older name of ``pretrained_cfg``."""
+        """Alias of ``pretrained_cfg``, timm's older name for it."""
         return self.pretrained_cfg
 
     @property
@@ -134,57 +151,62 @@ class MultiExit(MultiExitModel):
         exits: Collection[int] | None = None,
         read: Reader | None = None,
     ) -> list[torch.Tensor]:
+        if isinstance(x, Mapping):
+            raise ValueError(
+                f"x is a {type(x).__name__}; exits are not supported for NaFlex patches. Give images "
+                f"(B, {self.in_chans}, H, W)."
+            )
         exits, deepest = self.exits_to_visit(exits)
         if self.grad_checkpointing and torch.is_grad_enabled():
             refuse_reentrant()
         read = read or self.answer
         last = self.num_exits - 1
         state: list[torch.Tensor] = []
-        here: torch.Tensor | None = None  # rows that have not left a batch that cannot get smaller
-        remaining = Remaining()
+        active = ActiveSamples()
+        active_rows: torch.Tensor | None = None  # rows of the active samples in a batch that cannot shrink
         points = 0
 
-        def arrive(k: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor | None]:
-            nonlocal here, points
+        def at_exit(k: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor | None]:
+            nonlocal active_rows, points
             points += 1
-            if k > deepest:  # tracing cannot stop on the way; it drops what nothing came of
+            if k > deepest:  # a trace or an export cannot stop early; it drops layers whose outputs are not used
                 return feature, None
             state[:] = [feature]
             onward, exit_feature = self.split(k, feature)
             rows = None
             if k in exits:
-                rows = visit(k, read(k, exit_feature if here is None else take(exit_feature, here)))
+                rows = visit(k, read(k, exit_feature if active_rows is None else take(exit_feature, active_rows)))
                 if rows is not None and rows.numel() == 0:
                     raise Stop
-            if k == deepest and not torch.jit.is_tracing():
+            if k == deepest and not torch.jit.is_tracing() and not torch.compiler.is_exporting():
                 raise Stop
             if rows is None:
                 return onward, None
             if self.shrinks:
-                remaining.leave(feature.shape[0], rows)
+                active.keep(feature.shape[0], rows)
                 return take(onward, rows), rows
-            here = rows if here is None else here[rows]
+            active_rows = rows if active_rows is None else active_rows[rows]
             return onward, None
 
         try:
-            with self.visit.by(arrive, remaining):
-                feature = remaining.catch_up(self.backbone.forward_features(x))
+            with self.forward_state.running(at_exit, active):
+                feature = active.select(self.backbone.forward_features(x))
         except Stop:
             return state
         if points < len(self.heads):
             raise RuntimeError(
-                f"This forward pass of {type(self.backbone).__name__} called {points} of {len(self.heads)} exit "
-                "points; the others' answers would be missing. Take other modules as exits."
+                f"This forward pass of {type(self.backbone).__name__} reached {points} of {len(self.heads)} exit "
+                "points, so logits would be missing. Choose other modules for the exits."
             )
         if deepest == last:
             state[:] = [feature]
         if last in exits:
             logits = read(last, feature)
-            visit(last, logits if here is None else logits[here])
+            visit(last, logits if active_rows is None else logits[active_rows])
         return state
 
     def _replay(self, exit_index: int, feature: torch.Tensor) -> tuple[Onward, None]:
-        """What happened at an exit point in training, for gradient checkpointing, which does it again."""
+        """Repeat the computation at an exit point, as gradient checkpointing requires in the backward pass."""
         onward, exit_feature = self.split(exit_index, feature)
         self.heads[exit_index](exit_feature)
         return onward, None
@@ -207,11 +229,16 @@ class MultiExit(MultiExitModel):
         for classifier in self.get_classifier()[len(self.heads) :]:
             yield from classifier.parameters()
 
-    pool_type = None  # the backbone's own affair
+    pool_type = None  # the backbone defines its own pooling
 
-    # timm's verbs.
+    # timm's model interface.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Logits: of all exits in training mode, the backbone's own in eval mode, see :meth:`MultiExitModel.forward`.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+        """
         return super().forward(x) if self.training else self.backbone(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -235,6 +262,20 @@ class MultiExit(MultiExitModel):
             if isinstance(module, PoolTokens) and global_pool is not None:
                 module.follow(global_pool)
 
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Change the image size as the backbone's own ``set_input_size`` does, with its arguments.
+
+        Raises:
+            ValueError: If the backbone has no such method.
+        """
+        if not hasattr(self.backbone, "set_input_size"):
+            raise ValueError(
+                f"{type(self.backbone).__name__} has no set_input_size; give images of another size as they are, or "
+                "create the model with img_size."
+            )
+        self.backbone.set_input_size(*args, **kwargs)
+        self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *_image_size(self.backbone))
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:
             refuse_reentrant()
@@ -242,7 +283,7 @@ class MultiExit(MultiExitModel):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """The backbone's groups; heads are in the last one."""
+        """The backbone's parameter groups, with the heads in the last one."""
         return below("backbone", self.backbone.group_matcher(coarse=coarse))
 
     def no_weight_decay(self) -> set[str]:
@@ -251,7 +292,7 @@ class MultiExit(MultiExitModel):
 
 
 def _image_size(backbone: nn.Module) -> tuple[int, int]:
-    """What the backbone was built for, or its pretrained config's."""
+    """Image size (height, width) that the backbone was built for, else that of its pretrained config."""
     sizes = (getattr(module, "img_size", None) for module in backbone.modules())
     return to_2tuple(next((size for size in sizes if size is not None), backbone.pretrained_cfg["input_size"][1:]))
 
@@ -259,16 +300,18 @@ def _image_size(backbone: nn.Module) -> tuple[int, int]:
 def _check_backbone(backbone: nn.Module) -> None:
     kind = type(backbone).__name__
     if isinstance(backbone, MultiExitModel):
-        raise ValueError(f"{kind} has exits already; give the backbone alone.")
+        raise ValueError(f"{kind} has exits already; give a backbone without exits.")
     if isinstance(backbone, nn.Module) and is_tapped(backbone):
         raise ValueError(f"{kind} has exits already: it is the backbone of a MultiExit; give another instance.")
     if isinstance(backbone, torch.jit.ScriptModule):
         raise ValueError(f"{kind} is scripted, which fixes its code; give the model before torch.jit.")
+    if isinstance(backbone, torch._dynamo.OptimizedModule):
+        raise ValueError("The backbone is compiled; give the model before torch.compile, then compile the MultiExit.")
     wanted = ["forward_features", "forward_head", "num_classes", "pretrained_cfg"]
     if not is_encoder(backbone):
         wanted += ["get_classifier", "reset_classifier"]
     missing = [name for name in wanted if not hasattr(backbone, name)]
     if missing:
         raise ValueError(
-            f"{kind} has no {', '.join(missing)}, so it is no model of timm's; make it with timm.create_model."
+            f"{kind} has no {', '.join(missing)}, so it is not a timm model; create one with timm.create_model."
         )

@@ -1,4 +1,4 @@
-"""Reading and replacing a module's output in the middle of somebody else's forward pass."""
+"""Hooks that read and replace module outputs during a backbone's own forward pass."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,32 +10,35 @@ from torch import nn
 
 from ..base.partition import Onward
 from ..base.rows import take
-from .remaining import Remaining
+from .active_samples import ActiveSamples
 
-Arrival = Callable[[int, torch.Tensor], tuple[Onward, "torch.Tensor | None"]]
-"""Called as ``arrive(exit_index, feature)`` at an exit point; returns what goes on to the deeper layers in its place,
-and which rows of the batch that is (``None``: all)."""
+ExitHandler = Callable[[int, torch.Tensor], tuple[Onward, "torch.Tensor | None"]]
+"""Called as ``at_exit(exit_index, feature)`` at an exit point. Returns the feature for the deeper layers, and the rows
+of the batch that it keeps (``None``: all)."""
 
 
 class Stop(Exception):
-    """Ends a forward pass that nobody needs the rest of."""
+    """Ends a forward pass at an exit point, because no deeper layer is needed."""
 
 
 class _PerThread(threading.local):
-    arrive: Arrival | None = None
-    remaining: Remaining | None = None
+    at_exit: ExitHandler | None = None
+    active: ActiveSamples | None = None
 
 
-class Visit:
-    """Who is on a forward pass now. Each thread has its own, so that several may use one model.
+class ForwardState:
+    """State of the current forward pass, one for each thread, so that threads can share a model.
 
-    Copies and pickles of a model have nobody on the way.
+    Copies and pickles of a model start without a forward pass.
+
+    Args:
+        replay: Handles the exit points of layers that gradient checkpointing runs again in the backward pass.
     """
 
-    def __init__(self, replay: Arrival):
+    def __init__(self, replay: ExitHandler):
         self._replay = replay
         self._eager = _PerThread()
-        self._traced: Arrival | None = None  # torch.compile and torch.export know no threads
+        self._traced: ExitHandler | None = None  # torch.compile and torch.export do not support thread-local state
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(_replay=self._replay)
@@ -44,81 +47,82 @@ class Visit:
         self.__init__(state["_replay"])  # type: ignore[misc]
 
     @contextmanager
-    def by(self, arrive: Arrival, remaining: Remaining | None = None) -> Iterator[None]:
-        """For the duration, every exit point calls ``arrive``; ``remaining`` says who has left."""
+    def running(self, at_exit: ExitHandler, active: ActiveSamples | None = None) -> Iterator[None]:
+        """Let every exit point call ``at_exit``; ``active`` holds the samples that have not exited."""
         if torch.compiler.is_compiling():
-            self._traced = arrive
+            self._traced = at_exit
             try:
                 yield
             finally:
                 self._traced = None
         else:
-            before = self._eager.arrive, self._eager.remaining
-            self._eager.arrive, self._eager.remaining = arrive, remaining
+            before = self._eager.at_exit, self._eager.active
+            self._eager.at_exit, self._eager.active = at_exit, active
             try:
                 yield
             finally:
-                self._eager.arrive, self._eager.remaining = before
+                self._eager.at_exit, self._eager.active = before
 
     @property
-    def current(self) -> Arrival | None:
+    def at_exit(self) -> ExitHandler | None:
+        """The handler to call at exit points; ``None`` outside :meth:`running`."""
         if torch.compiler.is_compiling():
             return self._traced
-        if self._eager.arrive is None and torch._C._current_graph_task_id() != -1:
-            return self._replay  # gradient checkpointing runs a piece of the forward pass again, in the backward pass
-        return self._eager.arrive
+        if self._eager.at_exit is None and torch._C._current_graph_task_id() != -1:
+            return self._replay  # in a backward pass: gradient checkpointing runs a part of the forward pass again
+        return self._eager.at_exit
 
     @property
-    def remaining(self) -> Remaining | None:
-        """Who has not left; nobody leaves what is compiled."""
-        return None if torch.compiler.is_compiling() else self._eager.remaining
+    def active(self) -> ActiveSamples | None:
+        """The active samples; ``None`` in compiled code, where no sample exits early."""
+        return None if torch.compiler.is_compiling() else self._eager.active
 
 
-class CatchUp:
-    """Forward pre-hook, with keyword arguments, of a module that is given what was made before samples left."""
+class SelectActive:
+    """Forward pre-hook, with keyword arguments, that removes exited samples from a module's inputs."""
 
-    def __init__(self, visit: Visit):
-        self.visit = visit
+    def __init__(self, state: ForwardState):
+        self.state = state
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        remaining = self.visit.remaining
-        return None if remaining is None else (remaining.catch_up(args), remaining.catch_up(kwargs))
+        active = self.state.active
+        return None if active is None else (active.select(args), active.select(kwargs))
 
 
-class MakeWhole:
-    """Forward hook of a module after which the network counts on the batch that it began with."""
+class RestoreBatch:
+    """Forward hook that restores the original batch size after a module, for code that relies on it."""
 
-    def __init__(self, visit: Visit):
-        self.visit = visit
+    def __init__(self, state: ForwardState):
+        self.state = state
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        remaining = self.visit.remaining
-        return None if remaining is None else remaining.whole(output)
+        active = self.state.active
+        return None if active is None else active.restore(output)
 
 
 class Tap:
-    """Forward hook of the module at an exit point; an object, not a closure, so that copies of a model have their own.
+    """Forward hook of the module at an exit point. An object, not a closure, so that a copied model gets its own.
 
     Args:
-        exit_index: Which exit.
-        visit: Who is on the way.
-        element: Where a module puts out several things, which of them is the feature. Of the others, tensors are
-            batches, too, perhaps with several rows for each sample.
+        exit_index: Index of the exit.
+        state: State of the forward pass.
+        element: Index of the feature where the module returns several values. The other tensors are batches too,
+            perhaps with several rows for each sample.
     """
 
-    def __init__(self, exit_index: int, visit: Visit, element: int = 0):
+    def __init__(self, exit_index: int, state: ForwardState, element: int = 0):
         self.exit_index = exit_index
-        self.visit = visit
+        self.state = state
         self.element = element
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        arrive = self.visit.current
-        if arrive is None:
+        at_exit = self.state.at_exit
+        if at_exit is None:
             return None
-        if not isinstance(output, (list, tuple)):  # a tensor, or FX's stand-in for one
-            return arrive(self.exit_index, output)[0]
+        if not isinstance(output, (list, tuple)):  # a tensor or, in symbolic tracing, an FX proxy
+            return at_exit(self.exit_index, output)[0]
         feature = output[self.element]
-        onward, rows = arrive(self.exit_index, feature)
+        onward, rows = at_exit(self.exit_index, feature)
         parts = [
             _rows_of(part, rows, len(feature)) if rows is not None and isinstance(part, torch.Tensor) else part
             for part in output
@@ -132,9 +136,9 @@ def _rows_of(part: torch.Tensor, rows: torch.Tensor, batch: int) -> torch.Tensor
 
 
 def last_called(module: nn.Module) -> nn.Module:
-    """The module that puts out what ``module`` does and is called wherever its layers are: of a sequence, the last.
+    """The module to hook for the output of ``module``: the last layer of a sequence, else ``module`` itself.
 
-    Gradient checkpointing in timm calls the layers of a sequence, not the sequence.
+    timm's gradient checkpointing calls the layers of a sequence, not the sequence.
     """
     while type(module).forward is nn.Sequential.forward and len(module) > 0:  # type: ignore[arg-type]
         module = module[-1]
@@ -142,5 +146,5 @@ def last_called(module: nn.Module) -> nn.Module:
 
 
 def is_tapped(module: nn.Module) -> bool:
-    """Whether any module in it has a :class:`Tap`."""
+    """Whether the module or one of its submodules has a :class:`Tap`."""
     return any(isinstance(hook, Tap) for part in module.modules() for hook in part._forward_hooks.values())

@@ -1,4 +1,4 @@
-"""Encoders of timm's that have no classifier, with one."""
+"""A classifier for timm's encoders, which have none."""
 
 import re
 from typing import Any
@@ -10,15 +10,15 @@ from ..base.heads import ExitHead
 
 
 def is_encoder(backbone: nn.Module) -> bool:
-    """Whether it is one of timm's models that encode images for something else, and so have no classifier."""
+    """Whether the backbone is a timm model without a classifier, such as the image encoder of another model."""
     return hasattr(backbone, "pretrained_cfg") and not hasattr(backbone, "get_classifier")
 
 
 class WithClassifier(nn.Module):
-    """An encoder of timm's with a classifier on the average of its features.
+    """A timm encoder with a classifier on the average of its features.
 
     Args:
-        encoder: A model of timm's without a classifier, such as ``gemma4_vit_167m_enc``.
+        encoder: A timm model without a classifier, such as ``gemma4_vit_167m_enc``.
         num_classes: Classes; 0 for the pooled features.
     """
 
@@ -41,7 +41,7 @@ class WithClassifier(nn.Module):
         return self.encoder.forward_features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """From tokens (B, N, C) or a map to logits (B, num_classes)."""
+        """Logits (B, num_classes) from tokens (B, N, C) or a map."""
         if x.ndim == 3:
             x = x.transpose(1, 2).unsqueeze(-1)
         elif self.output_fmt == "NHWC":
@@ -59,7 +59,7 @@ class WithClassifier(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool is {global_pool!r}; an encoder's classifier reads the average: 'avg'.")
+            raise ValueError(f"global_pool is {global_pool!r}; an encoder's classifier supports only 'avg'.")
         like = next(self.parameters())
         self.head.reset(num_classes, device=like.device, dtype=like.dtype)
         self.num_classes = num_classes
@@ -71,22 +71,24 @@ class WithClassifier(nn.Module):
         return {f"encoder.{name}" for name in getattr(self.encoder, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The encoder's groups; the classifier is in the last one.
+        """The encoder's parameter groups, with the classifier in the last one.
 
         Raises:
-            ValueError: If timm knows no groups of this encoder.
+            ValueError: If timm defines no groups for this encoder.
         """
         if not hasattr(self.encoder, "group_matcher"):
-            raise ValueError(f"timm knows no groups of layers of {type(self.encoder).__name__}; train without any.")
+            raise ValueError(
+                f"timm defines no layer groups for {type(self.encoder).__name__}; train without --layer-decay."
+            )
         return below("encoder", self.encoder.group_matcher(coarse=coarse))
 
 
 def below(name: str, groups: dict[str, Any]) -> dict[str, Any]:
-    """timm's groups of a module's parameters as groups of those of the network that has it under this name."""
+    """Parameter groups, in timm's form, of a module as groups of the network that has it as attribute ``name``."""
     return {group: _pattern_below(name, pattern) for group, pattern in groups.items()}
 
 
 def _pattern_below(name: str, pattern: Any) -> Any:
-    if isinstance(pattern, str):  # timm matches from a parameter's beginning, with or without ^
+    if isinstance(pattern, str):  # timm matches from the start of a parameter's name, with or without ^
         return rf"^{name}\.(?:" + re.sub(r"(?<!\[)\^", "", pattern) + ")"
     return [(_pattern_below(name, first), *rest) for first, *rest in pattern]

@@ -1,0 +1,35 @@
+"""Data that a choice was made on are recognised and refused."""
+
+import pytest
+import torch
+
+from timm_dfs.calibration.seen import fingerprints, is_test, refuse_fitted_split, refuse_seen
+
+
+def test_more_than_one_sample_in_a_hundred_that_was_seen_is_refused_with_the_counts():
+    seen, other = torch.randn(2, 200, 4), torch.randn(2, 198, 4)
+    refuse_seen(fingerprints(seen), torch.cat([other, seen[:, :2]], 1), "test", "the point")
+    with pytest.raises(ValueError, match=r"3 of the 200 test samples .* the point was fitted on"):
+        refuse_seen(fingerprints(seen), torch.cat([other[:, 1:], seen[:, :3]], 1), "test", "the point")
+
+
+def test_samples_are_recognised_in_any_order_precision_and_number_of_exits():
+    seen = torch.randn(3, 50, 4)
+    again = seen[-1:, torch.randperm(50)].double().requires_grad_()
+    with pytest.raises(ValueError, match="50 of the 50"):
+        refuse_seen(fingerprints(seen), again, "test", "the point")
+
+
+def test_a_preset_s_own_split_is_refused_by_name():
+    presets = dict(hand=dict(thresholds=[0.5]), fast=dict(fitted_on=dict(dataset="x", split="train[:9]", samples=9)))
+    refuse_fitted_split(presets, "x", "test")
+    refuse_fitted_split(presets, "y", "train[:9]")
+    with pytest.raises(ValueError, match=r"'fast' was fitted on train\[:9\] of x"):
+        refuse_fitted_split(presets, "x", "train[:9]")
+
+
+@pytest.mark.parametrize(
+    ("split", "test"), [("test", True), ("test[:9]", True), ("train[9:]", False), ("tests", False)]
+)
+def test_a_split_of_the_test_data_is_known_by_its_name(split, test):
+    assert is_test(split) == test

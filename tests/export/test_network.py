@@ -1,0 +1,30 @@
+"""What torch exports of a network with exits."""
+
+import pytest
+import torch
+from helpers import images, twin
+
+pytest.importorskip("onnx", reason="needs the extra deploy")
+
+
+class UpTo(torch.nn.Module):
+    def __init__(self, model, exits):
+        super().__init__()
+        self.model, self.exits = model, exits
+
+    def forward(self, x):
+        logits = []
+        self.model.walk(x, lambda _, answer: logits.append(answer), self.exits)
+        return tuple(logits)
+
+
+@pytest.mark.parametrize("exits", [(1,), (0, 1), (0, 2)])
+def test_a_walk_to_some_exits_of_a_twin_can_be_exported(exits):
+    model = twin().eval()
+    batch = images(2, 64)
+    with torch.no_grad():
+        program = torch.export.export(UpTo(model, exits).eval(), (batch,), strict=False)
+        expected = [model.forward_exits(batch)[k] for k in exits]
+        for found, wanted in zip(program.module()(batch), expected, strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5)
+    assert model.visit.current is None

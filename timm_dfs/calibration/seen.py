@@ -1,0 +1,58 @@
+"""Refusing to measure a choice on the data that it was made on.
+
+Samples are recognised by their last exit's logits. Data sets share a few images, so 1 % of known samples is accepted.
+Logits computed anew on another machine or in other batches differ in their last bits and are not recognised. Presets
+hold no samples; the names of their data set and split are compared.
+"""
+
+from collections.abc import Mapping, Set
+
+import torch
+
+ACCEPTED = 0.01
+"""Share of known samples that is accepted."""
+
+
+def fingerprints(logits: torch.Tensor) -> frozenset[bytes]:
+    """Fingerprints of the samples whose logits (E, N, C) are given."""
+    return frozenset(_rows(logits))
+
+
+def refuse_seen(seen: Set[bytes], logits: torch.Tensor, name: str, chosen: str) -> None:
+    """Refuse to measure a choice on samples that it was made on.
+
+    Args:
+        seen: Fingerprints of the samples that the choice was made on.
+        logits: Logits (E, N, C) of the samples to measure on.
+        name: What these samples are called in the error, e.g. ``"test"``.
+        chosen: What was chosen, e.g. ``"the operating point"``.
+
+    Raises:
+        ValueError: If more than 1 % of the samples are among those seen.
+    """
+    rows = _rows(logits)
+    known = sum(row in seen for row in rows)
+    if known > ACCEPTED * len(rows):
+        raise ValueError(
+            f"{known} of the {len(rows)} {name} samples are among those that {chosen} was fitted on, which would "
+            "flatter it; give other samples."
+        )
+
+
+def _rows(logits: torch.Tensor) -> list[bytes]:
+    return [row.tobytes() for row in logits[-1].detach().cpu().float().numpy()]
+
+
+def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -> None:
+    """Raise ``ValueError`` if one of the presets says that it was fitted on this split of this data set."""
+    for name, preset in presets.items():
+        source = preset.get("fitted_on", {})
+        if (source.get("dataset"), source.get("split")) == (dataset, split):
+            raise ValueError(
+                f"The preset {name!r} was fitted on {split} of {dataset}, which would flatter it; give another split."
+            )
+
+
+def is_test(split: str) -> bool:
+    """Whether a split, e.g. ``"test"`` or ``"test[:500]"``, is of the test data, on which nothing may be chosen."""
+    return split.partition("[")[0] == "test"

@@ -1,0 +1,121 @@
+"""Static int8 quantization of a network before it is cut, and thresholds that suit the quantized network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..inference.policy import ExitPolicy
+from .network import IMAGES, Network, network_of, require
+from .verify import leaving_at
+
+BATCH_SIZE = 32
+"""Images a batch of calibration."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Results on the calibration images, before and after quantization.
+
+    Attributes:
+        samples: How many images.
+        accuracy: Top-1 of the policy, percent: in float32, in int8.
+        last_exit_accuracy: The same of the last exit.
+        exit_counts: Images that left at each exit: in float32, in int8 with the new thresholds.
+        thresholds: Those thresholds.
+    """
+
+    samples: int
+    accuracy: tuple[float, float]
+    last_exit_accuracy: tuple[float, float]
+    exit_counts: tuple[tuple[int, ...], tuple[int, ...]]
+    thresholds: tuple[float, ...]
+
+
+def quantize(network: Network, images: torch.Tensor) -> Network:
+    """A network with int8 weights and activations, whose ranges are those of these images.
+
+    Weights are quantized by channel to 7 bits, which the 8-bit multiplication of processors without VNNI does not
+    saturate at.
+
+    Args:
+        network: The network in float32.
+        images: (N, C, H, W).
+    """
+    onnx, quantization = require("onnx"), require("onnxruntime.quantization")
+    with TemporaryDirectory() as folder:
+        before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        before.write_bytes(flat_model(network).SerializeToString())
+        quantization.quantize_static(
+            before,
+            after,
+            _Reader(images),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        quantized = onnx.shape_inference.infer_shapes(onnx.load(after))
+    return network_of(quantized.graph, network.opset)
+
+
+class _Reader:
+    """Batches of images, as onnxruntime's ``CalibrationDataReader`` gives them."""
+
+    def __init__(self, images: torch.Tensor):
+        self._batches = iter(images.split(BATCH_SIZE))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {IMAGES: batch.numpy()}
+
+
+def flat_model(network: Network) -> Any:
+    """``onnx.ModelProto`` that puts out every exit's logits."""
+    onnx = require("onnx")
+    return onnx.helper.make_model(
+        network.graph, opset_imports=[onnx.helper.make_opsetid("", network.opset)], ir_version=10
+    )
+
+
+def all_logits(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Every exit's logits (E, N, C) of images (N, C, H, W), from ONNX Runtime."""
+    session = require("onnxruntime").InferenceSession(
+        flat_model(network).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    parts = [np.stack(session.run(None, {IMAGES: part.numpy()})) for part in images.split(BATCH_SIZE)]
+    return torch.from_numpy(np.concatenate(parts, 1))
+
+
+def refit(policy: ExitPolicy, before: torch.Tensor, after: torch.Tensor, targets: torch.Tensor) -> Quantization:
+    """Thresholds with which as many images leave at each exit as before quantization.
+
+    Patience counts exits, so its thresholds stay.
+
+    Args:
+        policy: The policy.
+        before: Logits (E, N, C) in float32.
+        after: Logits (E, N, C) in int8.
+        targets: Classes (N,).
+    """
+    exits = policy.exit_index(before)
+    counts = torch.bincount(exits, minlength=len(before)).tolist()
+    new = leaving_at(policy, after, counts)
+    exits_after = new.exit_index(after)
+    last = torch.full_like(exits, len(before) - 1)
+    return Quantization(
+        samples=len(targets),
+        accuracy=(_top1(before, exits, targets), _top1(after, exits_after, targets)),
+        last_exit_accuracy=(_top1(before, last, targets), _top1(after, last, targets)),
+        exit_counts=(tuple(counts), tuple(torch.bincount(exits_after, minlength=len(before)).tolist())),
+        thresholds=new.thresholds,
+    )
+
+
+def _top1(logits: torch.Tensor, exits: torch.Tensor, targets: torch.Tensor) -> float:
+    chosen = logits[exits, torch.arange(len(exits))]
+    return 100 * (chosen.argmax(-1) == targets).double().mean().item()

@@ -63,6 +63,16 @@ def test_the_architecture_page_lists_the_rooms_in_their_order():
     assert existing == [room for room in ROOMS if room != "version"]
 
 
+def test_code_that_the_architecture_page_names_exists():
+    files = [
+        file for folder in (PACKAGE, *map(ROOT.joinpath, ("tests", "benchmarks"))) for file in folder.rglob("*.py")
+    ]
+    sources = [file.read_text() for file in files if file != Path(__file__)]
+    words = set(re.findall(r"\w+", " ".join([*sources, *map(str, files), *map(str, ROOT.iterdir())])))
+    named = re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "architecture.md").read_text())
+    assert [code for code in named if not set(re.findall(r"[^\W\d]\w*", code)) <= words] == []
+
+
 def test_the_supported_versions_are_those_of_pyproject_and_ci():
     tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python from 3.11 on")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -3,14 +3,17 @@
 import json
 import re
 import runpy
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from test_layers import PACKAGE, ROOMS
+from typer.testing import CliRunner
 
 import timm_dfs
+from timm_dfs_cli import COMMANDS, app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,6 +26,16 @@ def test_the_python_blocks_of_a_page_run(page):
     names = {}
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), page, "exec"), names)
     assert page != "index" or len(names["curve"]) == 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_options_that_a_page_shows_exist(page):
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
+    for line in re.findall(r"^timm-dfs (.*)$", blocks.replace("\\\n", " "), re.M):
+        command, *arguments = shlex.split(line, comments=True)
+        shown = CliRunner().invoke(app, [command, "--help"], env=dict(COLUMNS="200")).stdout
+        options = [argument for argument in arguments if argument.startswith("--") and command != "timm"]
+        assert command in COMMANDS and [option for option in options if f"{option} " not in shown] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -48,6 +61,16 @@ def test_the_architecture_page_lists_the_rooms_in_their_order():
     listed = [re.sub(r"/|\.py", "", name) for row in rows for name in re.findall(r"`([\w./]+)`", row)]
     existing = [room for room in listed if (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").is_file()]
     assert existing == [room for room in ROOMS if room != "version"]
+
+
+def test_code_that_the_architecture_page_names_exists():
+    files = [
+        file for folder in (PACKAGE, *map(ROOT.joinpath, ("tests", "benchmarks"))) for file in folder.rglob("*.py")
+    ]
+    sources = [file.read_text() for file in files if file != Path(__file__)]
+    words = set(re.findall(r"\w+", " ".join([*sources, *map(str, files), *map(str, ROOT.iterdir())])))
+    named = re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "architecture.md").read_text())
+    assert [code for code in named if not set(re.findall(r"[^\W\d]\w*", code)) <= words] == []
 
 
 def test_the_supported_versions_are_those_of_pyproject_and_ci():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,11 @@ print(sorted(set(after[0]) - set(before[0]) - twins))
 def test_ci_runs_the_command_that_the_readme_gives(file):
     command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n 2\n"
     assert command in (ROOT / file).read_text()
+
+
+def test_the_wheel_holds_the_module_of_the_command():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python from 3.11 on")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    module, _, function = settings["project"]["scripts"]["timm-dfs"].partition(":")
+    assert f"{module}.py" in settings["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    assert callable(getattr(import_module(module), function))

@@ -1,17 +1,13 @@
-"""The README's Python runs, its commands exist, and its picture and table say what is shipped."""
+"""The README's Python runs, and its picture and table say what is shipped."""
 
 import json
 import re
-import shlex
 import sys
 import xml.etree.ElementTree as ET
 
 import pytest
 import timm
 from helpers import NATIVE, ROOT
-from typer.testing import CliRunner
-
-from timm_dfs.cli import app
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -29,12 +25,8 @@ def test_the_python_blocks_run():
     assert names["prediction"].exit_index.shape == (8,)
 
 
-def test_the_shell_examples_are_commands_that_exist():
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"^timm-dfs .*$", blocks, re.M)]
-    assert len(commands) >= 5
-    for _, command, *_ in commands:
-        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+def test_it_shows_commands():
+    assert len(re.findall(r"^timm-dfs \w+", README, re.M)) >= 5  # that they exist, test_docs.py tests
 
 
 def test_the_table_has_every_model_and_says_which_have_weights():

@@ -6,17 +6,10 @@ import pytest
 
 import timm_dfs
 
-ROOMS = ("base", "wrapped", "training")
-"""Rooms whose public names have examples."""
-
 WITHOUT = {"models": "a package, whose architectures are created by name"}
 """Public names that need no example, with the reason."""
 
-NAMES = [
-    name
-    for name in timm_dfs.__all__
-    if name not in WITHOUT and getattr(timm_dfs, name).__module__.split(".")[1] in ROOMS
-]
+NAMES = [name for name in timm_dfs.__all__ if name not in WITHOUT]
 
 
 @pytest.mark.parametrize("name", NAMES)

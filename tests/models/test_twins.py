@@ -12,7 +12,7 @@ from torch import nn
 
 import timm_dfs
 from timm_dfs import MultiExit, Objective, exit_flops
-from timm_dfs.evaluation import flops
+from timm_dfs.evaluation.flops import Costs
 
 BASES = [name for name in timm.list_models() if not name.startswith("dfs_")]
 
@@ -281,29 +281,16 @@ def test_a_model_loaded_with_other_classes_drops_its_presets(tmp_path):
 # Cost of the heads.
 
 
-class UpTo(nn.Module):
-    """One exit, with its head or without."""
-
-    def __init__(self, model, exit_index, with_head):
-        super().__init__()
-        self.model, self.exit_index = model, exit_index
-        self.read = None if with_head else lambda _, feature: feature
-
-    def forward(self, batch):
-        answers = []
-        self.model.walk(batch, lambda _, answer: answers.append(answer), (self.exit_index,), self.read)
-        return answers[0]
-
-
 @pytest.mark.parametrize(
     "name",
     ["resnet50", "convnext_atto", "vit_tiny_patch16_224", "mobilenetv3_small_100", "swin_tiny_patch4_window7_224"],
 )
 def test_a_head_costs_little_of_what_leads_to_it(name):
-    model = timm.create_model(f"dfs_{name}")
-    for k in range(model.num_exits - 1):
-        alone, headed = (flops._count(UpTo(model, k, with_head), model, None) for with_head in (False, True))
-        assert 0 < headed - alone < 0.15 * headed, (k, (headed - alone) / headed)
+    costs = Costs(timm.create_model(f"dfs_{name}"))
+    alone = costs.of_exits(lazy=True, heads=())
+    for k in range(costs.num_exits - 1):
+        head = costs.of_exits(lazy=True, heads=(k,))[k + 1] - alone[k + 1]
+        assert 0 < head < 0.15 * alone[k], (k, head / alone[k])
 
 
 def test_the_package_names_it():

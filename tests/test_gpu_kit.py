@@ -168,7 +168,7 @@ def test_steps_are_those_of_timms_task_optimizer_and_schedule(data, tmp_path, gi
 
 
 def test_runs_side_by_side_are_the_runs_alone(data, tmp_path):
-    runs = dict(joint=dict(NETWORK, beta=None), dfs=dict(NETWORK, beta=0.5))
+    runs = dict(joint=dict(NETWORK, beta="joint"), dfs=dict(NETWORK, beta=0.5))
     assert training(data, tmp_path / "both", runs, drop=0.0, epochs=1, pad=0, hflip=0.0).to_the_end()
     for name, kwargs in runs.items():
         assert training(data, tmp_path / "alone", {name: kwargs}, drop=0.0, epochs=1, pad=0, hflip=0.0).to_the_end()
@@ -215,7 +215,7 @@ class Graphable(TorchDispatchMode):
 
 
 OBJECTIVES = {
-    "joint": dict(beta=None),
+    "joint": dict(beta="joint"),
     "DFS": dict(beta=0.5),
     "distillation": dict(distill_weight=0.3, distill_feature_weight=0.03),
     "equilibrium": dict(gradient_equilibrium=True),
@@ -286,7 +286,7 @@ def test_replayed_steps_are_steps(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
     monkeypatch.setattr(torch.cuda, "graph", pretended_capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    runs = dict(joint=dict(NETWORK, beta=None), dfs=dict(NETWORK, beta=0.5))
+    runs = dict(joint=dict(NETWORK, beta="joint"), dfs=dict(NETWORK, beta=0.5))
     given = dict(epochs=2, sched_on_updates=True, warmup_epochs=1, drop=0.0)
     plain, kit = (training(data, tmp_path / way, runs, **given) for way in ("plain", "replayed"))
     for learner in (*plain.learners.values(), *kit.learners.values()):
@@ -331,7 +331,7 @@ def test_runs_that_stand_at_different_epochs_are_refused(data, tmp_path):
 
 
 def test_the_package_reads_the_checkpoint(data, tmp_path):
-    training(data, tmp_path, dict(joint=dict(NETWORK, beta=None)), epochs=1, dataset="hfds/x").to_the_end()
+    training(data, tmp_path, dict(joint=dict(NETWORK, beta="joint")), epochs=1, dataset="hfds/x").to_the_end()
     pack.write_folders(data, tmp_path / "folders")
     command = ["eval", str(tmp_path / "joint" / "last.pth.tar"), "--json", "--data-dir", str(tmp_path / "folders")]
     shown = CliRunner().invoke(app, [*command, "--dataset", "torch/image_folder", "--split", "test", "--workers", "0"])
@@ -370,8 +370,8 @@ def test_a_run_ends_where_train_py_does(data, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(KIT.glob("recipes/*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_read(file):
-    args = recipe.read_recipe(file, dict(model_kwargs=dict(beta=None)))
-    assert args.model_kwargs == dict(beta=None) and args.batch_size == 500 and args.epochs == 300
+    args = recipe.read_recipe(file, dict(model_kwargs=dict(beta="joint")))
+    assert args.model_kwargs == dict(beta="joint") and args.batch_size == 500 and args.epochs == 300
     assert (host_augment.host_transform(args, MEAN, 32) is None) == (file.stem == "plain")
 
 
@@ -583,7 +583,7 @@ def test_a_halved_checkpoint_is_nearly_the_run_and_goes_on(data, tmp_path):
 
 
 def test_a_steps_cost_counts_arithmetic_and_traffic():
-    model = timm.create_model("dfs_msdnet_cifar100", num_classes=CLASSES, beta=None, **NETWORK)
+    model = timm.create_model("dfs_msdnet_cifar100", num_classes=CLASSES, beta="joint", **NETWORK)
     cost = kit_floor.count(model)
     forward = timm_dfs.exit_flops(model)[-1]
     assert 2.5 * forward < cost.multiply_adds < 4 * forward  # forward, and twice it backward less the first layer's

@@ -11,7 +11,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 tiny="exits=3 base=2 step=1 stem_width=4 growth_rate=4 head_width=8"
 small="device=cpu amp=False batch_size=100 workers=2 epochs=2 val_interval=1 train_split='train[:300]' val_split='test[:100]'"
-runs="--run joint $tiny beta=None --run dfs $tiny beta=0.5"
+runs="--run joint $tiny beta=joint --run dfs $tiny beta=0.5"
 
 echo "== pack, carry in two calls, unpack"
 "$python" "$kit/pack.py" pack "$@" --out "$work/data" --pieces 2

@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     arithmetic, bandwidth = rates() if args.measure else (args.multiply_adds, args.bandwidth)
     print(f"rates: {arithmetic / 1e12:.0f} T multiply-adds/s, {bandwidth / 1e12:.2f} TB/s")
-    for name, beta in (("joint", None), ("DFS 0.5", 0.5)):
+    for name, beta in {"joint": "joint", "DFS 0.5": 0.5}.items():
         cost = count(timm.create_model(args.model, beta=beta))
         print(
             f"{name}: an image {cost.multiply_adds / 1e6:.0f} M multiply-adds and {cost.bytes / 1e6:.1f} MB, a step "

@@ -1,7 +1,7 @@
 """Train one or several networks with exits on a GPU, side by side on the same batches.
 
     python benchmarks/gpu/run.py -c benchmarks/gpu/recipes/plain.yaml --data ~/cifar100 --output ~/runs \\
-        --run joint beta=None --run dfs beta=0.5 --minutes 9
+        --run joint beta=joint --run dfs beta=0.5 --minutes 9
 
 Each run is what train.py makes of the same recipe and --model-kwargs: loss, optimizer, schedule, moving average and
 checkpoint, so that timm-dfs reads it. Only the images come another way: those of pack.py, and augmented on the device

@@ -1,7 +1,7 @@
 """Which way of training is the fastest on this machine: a few epochs of each, the last one's seconds.
 
     python benchmarks/gpu/speed.py -c benchmarks/gpu/recipes/autoaugment.yaml --data ~/cifar100 --output speed.json \\
-        --run joint beta=None --run dfs beta=0.5
+        --run joint beta=joint --run dfs beta=0.5
 
 Each way is a process of its own, with a limit; one that fails or does not get to its end says why, and the others go
 on. With --train-script and --folders (see pack.py), timm's train.py is among them, on one run, with the crop and the

@@ -131,7 +131,7 @@ def taken(request, shipped, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_preset_by_patience_counts_exits(route, taken):
-    preset = dict(thresholds=[2, None, 0.0], confidence="patience")
+    preset = dict(thresholds=[None, 1, 0.0], confidence="patience")
     assert taken(route, preset).presets == dict(mine=preset)
 
 

@@ -502,8 +502,9 @@ def test_a_mistake_gets_one_line_and_no_page(arguments, tmp_path, options, words
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_validation_split_that_holds_the_test_images_is_refused(arguments):
-    result = run(*arguments, "--val-split", "nowhere")  # of a split that is not there timm takes the whole folder
+def test_a_validation_split_that_holds_the_test_images_is_refused(arguments, pictures):
+    shutil.copytree(pictures / "test", pictures / "renamed", dirs_exist_ok=True)
+    result = run(*arguments, "--val-split", "renamed")
     assert result.exit_code == 2 and "20 of the 20 test samples are among" in result.stderr
 
 

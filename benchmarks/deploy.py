@@ -6,8 +6,9 @@ from the checkout:
     python benchmarks/deploy.py dfs_msdnet_cifar100 --exports exports --dataset hfds/uoft-cs/cifar100
     python benchmarks/deploy.py dfs_efficientnet_lite0 --exports exports --size 128 --no-pretrained
 
-Without a data set images are noise: only the operating point at half the cost, fitted to those images, then means
-something. Networks without weights are as fast as trained ones; their exits' speed is measured, not their accuracy.
+With ``--int8``, networks are quantized with images of the data set's split ``--calibration-split`` and run beside those
+in float32. Without a data set images are noise: only the operating point at half the cost, fitted to those images, then
+means something. Networks without weights are as fast as trained ones: of them, speed is measured, not accuracy.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from timm_dfs.evaluation.machine import processor
 from timm_dfs.export import export_onnx
 from timm_dfs.export.to_onnx import open_session
 
-HALF = "half the cost"
+HALF, LAST = "half the cost", "last exit"
 
 
 def arguments():
@@ -42,6 +43,9 @@ def arguments():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30, help="for each batch size and number of threads")
     parser.add_argument("--exports", type=Path, required=True, help="folder for the exported files, which are kept")
+    parser.add_argument("--policies", nargs="+", help="presets to measure; all by default, and half the cost")
+    parser.add_argument("--int8", action="store_true", help="quantized networks, too; needs a data set")
+    parser.add_argument("--calibration-split", default="train[45000:]", help="held out of training")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
     return parser.parse_args()
 
@@ -52,77 +56,87 @@ def main():
     model = timm.create_model(args.model, pretrained=not args.no_pretrained).eval()
     if args.size:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.size, args.size)
-    images = some_images(model, args)
+    images, _ = some_images(model, args, args.split, args.images)
     policies = {name: timm_dfs.ExitPolicy.from_preset(preset) for name, preset in model.presets.items()}
     policies[HALF] = halving_policy(model, exits_logits(model, images), images.shape[1:])
-    files = {name: exported(model, args, name, policy, "graph") for name, policy in policies.items()}
-    last = exported(model, args, "last", None, "last")
+    if args.policies:
+        policies = {name: policies[name] for name in args.policies}
+    ways = {LAST: (exported(model, args, None, None), None)}
+    for name, policy in policies.items():
+        ways[name] = exported(model, args, policy, None), np.asarray(policy.thresholds, np.float32)
+    if args.int8:
+        calibration = some_images(model, args, args.calibration_split, 512)
+        ways[f"{LAST}, int8"] = exported(model, args, None, calibration), None
+        for name, policy in policies.items():  # each has its own thresholds inside, fitted to the quantized network
+            ways[f"{name}, int8"] = exported(model, args, policy, calibration, name), None
     print(f"{args.model}, {'×'.join(map(str, images.shape[1:]))}, images: {args.dataset or 'noise'}")
     print(
         f"{processor()}; onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, timm {timm.__version__}. "
-        "Ratios to the last exit alone in ONNX Runtime, fp32, medians of interleaved rounds."
+        "Ratios to the last exit alone in ONNX Runtime, float32, medians of interleaved rounds."
     )
-    print("| policy | threads | batch | ratio of multiply-adds | early exit | share | rounds |")
+    print("| way | threads | batch | ratio of multiply-adds | ratio of speed | share | rounds |")
     print("|---|---|---|---|---|---|---|")
     for threads in args.threads:
         for batch_size in args.batch_sizes:
-            measure(files, policies, last, images.numpy(), threads, batch_size, args.seconds)
+            measure(ways, images.numpy(), threads, batch_size, args.seconds)
 
 
-def some_images(model, args):
+def some_images(model, args, split, count):
+    """Images (N, C, H, W) and their classes (N,)."""
     if args.dataset is None:
-        shape = (args.images, model.in_chans, *model.pretrained_cfg["input_size"][1:])
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        shape = (count, model.in_chans, *model.pretrained_cfg["input_size"][1:])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.zeros(count, dtype=torch.int64)
     columns = dict(input_key="img", target_key="fine_label")
-    loader = dataset_loader(
-        model, args.dataset, None, args.split, **columns, batch_size=64, workers=0, samples=args.images
-    )
-    return torch.cat([x for x, _ in loader])
+    loader = dataset_loader(model, args.dataset, None, split, **columns, batch_size=64, workers=0, samples=count)
+    images, targets = zip(*loader)
+    return torch.cat(images), torch.cat(targets)
 
 
-def exported(model, args, name, policy, layout):
-    """The file of a policy, exported unless it is there; policies with one confidence and the same exits share it."""
-    key = layout if policy is None else "-".join(map(str, (layout, policy.confidence, *policy.answering)))
-    folder = args.exports / f"{args.model}-{'x'.join(map(str, model.pretrained_cfg['input_size']))}-{key}"
+def exported(model, args, policy, calibration, name=""):
+    """The file of a policy, exported unless it is there; in float32, one file serves all with the same exits."""
+    key = [args.model, *model.pretrained_cfg["input_size"]]
+    key += ["last"] if policy is None else ["graph", policy.confidence, *policy.answering]
+    if calibration is not None:
+        key += ["int8", name.replace(" ", "_")]
+    folder = args.exports / "-".join(map(str, key))
     if not folder.exists():
-        result = export_onnx(model, folder, policy, layout)
-        print(f"{name}: {folder.name}, largest difference {max(c.largest_difference for c in result.checks):.1e}")
+        layout = "last" if policy is None else "graph"
+        print(folder.name, export_onnx(model, folder, policy, layout, calibration=calibration), flush=True)
     return folder / "model.onnx"
 
 
-def measure(files, policies, last, images, threads, batch_size, seconds):
-    sessions = {file: open_session(file, threads) for file in {*files.values(), last}}
-    facts = {file: session.get_modelmeta().custom_metadata_map for file, session in sessions.items()}
-    thresholds = {name: np.asarray(policy.thresholds, np.float32) for name, policy in policies.items()}
+def measure(ways, images, threads, batch_size, seconds):
+    sessions = {name: open_session(file, threads) for name, (file, _) in ways.items()}
+    facts = {name: session.get_modelmeta().custom_metadata_map for name, session in sessions.items()}
     batches = [images[i : i + batch_size] for i in range(0, len(images) - batch_size + 1, batch_size)]
     batches = batches[: max(1, 64 // batch_size)]
 
     def run(name):
-        exits = []
-        for batch in batches:
-            if name is None:
-                sessions[last].run(None, {"images": batch})
-            else:
-                exits.append(sessions[files[name]].run(None, {"images": batch, "thresholds": thresholds[name]})[1])
-        return exits
+        given = {} if ways[name][1] is None else {"thresholds": ways[name][1]}
+        return [sessions[name].run(None, {"images": batch, **given})[-1] for batch in batches]
 
-    whole = float(facts[last]["last_exit_macs"])
+    whole = float(facts[LAST]["last_exit_macs"])
     ratios = {}
-    for name in policies:
-        costs = dict(zip(json.loads(facts[files[name]]["exits"]), json.loads(facts[files[name]]["exit_macs"])))
-        ratios[name] = whole / statistics.fmean(costs[k] for k in np.concatenate(run(name)).tolist())
-    took = {name: [] for name in (None, *policies)}
-    run(None)
+    for name in ways:
+        if "exits" in facts[name]:
+            costs = dict(zip(json.loads(facts[name]["exits"]), json.loads(facts[name]["exit_macs"])))
+            ratios[name] = whole / statistics.fmean(costs[k] for k in np.concatenate(run(name)).tolist())
+        else:
+            ratios[name] = 1.0
+            run(name)
+    took = {name: [] for name in ways}
     start = time.perf_counter()
-    while len(took[None]) < 5 or time.perf_counter() - start < seconds:
+    while len(took[LAST]) < 5 or time.perf_counter() - start < seconds:
         for name, times in took.items():
             before = time.perf_counter()
             run(name)
             times.append(time.perf_counter() - before)
-    for name in policies:
-        speedup = statistics.median(a / b for a, b in zip(took[None], took[name], strict=True))
+    for name in ways:
+        if name == LAST:
+            continue
+        speedup = statistics.median(a / b for a, b in zip(took[LAST], took[name], strict=True))
         ratio = ratios[name]
-        row = (name, threads, batch_size, f"{ratio:.2f}", f"{speedup:.2f}", f"{speedup / ratio:.2f}", len(took[None]))
+        row = (name, threads, batch_size, f"{ratio:.2f}", f"{speedup:.2f}", f"{speedup / ratio:.2f}", len(took[LAST]))
         print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 

@@ -1,5 +1,8 @@
 """What torch exports of a network with exits."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import images, twin
@@ -28,3 +31,14 @@ def test_a_walk_to_some_exits_of_a_twin_can_be_exported(exits):
         for found, wanted in zip(program.module()(batch), expected, strict=True):
             assert torch.allclose(found, wanted, atol=1e-5)
     assert model.visit.current is None
+
+
+def test_importing_the_package_imports_no_part_of_the_extra():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, timm_dfs.export, timm_dfs.cli; print(sorted(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"'onnx'", "'onnxscript'", "'onnxruntime'"} & set(done.stdout.strip("[]\n").split(", "))
+    assert "'torch'" in done.stdout

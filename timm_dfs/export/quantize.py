@@ -1,5 +1,8 @@
 """Static int8 quantization of a network before it is cut, and thresholds that suit the quantized network."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,18 +52,30 @@ def quantize(network: Network, images: torch.Tensor) -> Network:
     with TemporaryDirectory() as folder:
         before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         before.write_bytes(flat_model(network).SerializeToString())
-        quantization.quantize_static(
-            before,
-            after,
-            _Reader(images),
-            quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-        )
+        with _without_advice():
+            quantization.quantize_static(
+                before,
+                after,
+                _Reader(images),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
         quantized = onnx.shape_inference.infer_shapes(onnx.load(after))
     return network_of(quantized.graph, network.opset)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep back onnxruntime's advice to optimise the graph first, which torch's exporter has done."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Reader:

@@ -502,14 +502,8 @@ def test_a_mistake_gets_one_line_and_no_page(arguments, tmp_path, options, words
     assert list(tmp_path.iterdir()) == []
 
 
-<<<<<<< HEAD
 def test_a_validation_split_that_holds_the_test_images_is_refused(arguments):
     result = run(*arguments, "--val-split", ".")  # the whole folder, test images included
-=======
-def test_a_validation_split_that_holds_the_test_images_is_refused(arguments, pictures):
-    shutil.copytree(pictures / "test", pictures / "renamed", dirs_exist_ok=True)
-    result = run(*arguments, "--val-split", "renamed")
->>>>>>> docs
     assert result.exit_code == 2 and "20 of the 20 test samples are among" in result.stderr
 
 

@@ -221,3 +221,21 @@ def test_the_risk_of_all_samples_is_the_error():
 def test_no_sample_has_no_reliability(function):
     with pytest.raises(ValueError, match="at least one sample"):
         function(torch.zeros(2, 0, 3), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ((torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long), ["a", "b"]), "of 3 parts"),
+        (dict(image=torch.zeros(2, 3, 32, 32), label=torch.zeros(2)), "keys image, label"),
+        ((torch.zeros(2, 3, 32, 32), torch.zeros(2, 5)), "several labels"),
+    ],
+)
+def test_a_batch_that_is_no_pair_is_described(batch, words):
+    with pytest.raises(ValueError, match=words):
+        collect_logits(tiny_vgg(), [batch])
+
+
+def test_a_network_of_one_logit_has_no_accuracy():
+    with pytest.raises(ValueError, match="one logit"):
+        collect_logits(tiny_vgg(num_classes=1), [])

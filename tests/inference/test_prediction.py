@@ -340,3 +340,9 @@ def test_threads_that_share_a_network_in_training_mode_change_nothing_in_it():
         thread.join()
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert all(module.training for module in model.modules())
+
+
+def test_a_network_of_one_logit_is_refused():
+    model = tiny_vgg(num_classes=1)
+    with pytest.raises(ValueError, match="one logit"):
+        predict(model, images(2), ExitPolicy([0.5] * model.num_exits))

@@ -69,6 +69,15 @@ def require_exits(model: nn.Module) -> None:
     raise ValueError(f"{kind} has no exits; create one of the models that 'timm-dfs list' names.")
 
 
+def require_classes(model: nn.Module) -> None:
+    """Raise ``ValueError`` if ``model`` has a single logit, of which a softmax is always 1."""
+    if model.num_classes == 1:
+        raise ValueError(
+            "The model has one logit: its softmax is 1 for every image, so that all images would leave at the first "
+            "exit. Binary and multi-label classification are not supported; train two classes with a cross-entropy."
+        )
+
+
 def as_images(model: MultiExitModel, x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` on the model's device and in its data type.
 

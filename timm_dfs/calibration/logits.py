@@ -15,9 +15,11 @@ def check_data(name: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 def check_logits(logits: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless these are finite logits (E, N, C), no size 0; warn if they are probabilities."""
+    """Raise ``ValueError`` unless these are finite logits (E, N, C > 1), no size 0; warn if they are probabilities."""
     if logits.ndim != 3 or logits.numel() == 0:
         raise ValueError(f"Logits have shape {tuple(logits.shape)}; give (exits, samples, classes), none of them 0.")
+    if logits.shape[-1] == 1:
+        raise ValueError("Logits are of one class, whose softmax is always 1; give at least two classes.")
     check_finite(logits)
     warn_of_probabilities(logits)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..base.evaluating import as_images, evaluating, require_exits
+from ..base.evaluating import as_images, evaluating, require_classes, require_exits
 from ..base.model import MultiExitModel
 from ..calibration.logits import check_finite, check_targets, warn_of_probabilities
 
@@ -23,7 +23,8 @@ def collect_logits(
         Logits (E, N, C) in float32 and targets (N,), both on the CPU.
 
     Raises:
-        ValueError: If the loader is empty, or a batch has not one target per image.
+        ValueError: If the loader is empty, a batch is not a pair of images and one target per image, or the model has
+            one logit.
 
     Example:
         >>> import timm, torch, timm_dfs
@@ -34,11 +35,11 @@ def collect_logits(
         (torch.Size([2, 12, 10]), torch.Size([12]))
     """
     require_exits(model)
+    require_classes(model)
     logits, targets = [], []
     with evaluating(model), torch.inference_mode():
-        for x, target in loader:
-            if target.shape != x.shape[:1]:
-                raise ValueError(f"A batch has {len(x)} images but targets of shape {tuple(target.shape)}; give (B,).")
+        for batch in loader:
+            x, target = _images_and_targets(batch)
             of_exits = torch.stack(model.forward_exits(as_images(model, x)))
             logits.append(of_exits.float().cpu())
             targets.append(target.cpu())
@@ -47,6 +48,29 @@ def collect_logits(
     collected = torch.cat(logits, 1)
     warn_of_probabilities(collected)
     return collected, torch.cat(targets)
+
+
+def _images_and_targets(batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts of a loader's batch; ``ValueError`` unless it is a pair of images and one target per image."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(x, torch.Tensor) for x in batch):
+        parts = (
+            f"with the keys {', '.join(map(str, batch))}"
+            if isinstance(batch, dict)
+            else f"of {len(batch)} parts"
+            if isinstance(batch, (tuple, list))
+            else ""
+        )
+        raise ValueError(
+            f"The loader gave a {type(batch).__name__} {parts}; give pairs of tensors, images (B, C, H, W) and targets "
+            "(B,), e.g. ((batch['image'], batch['label']) for batch in loader)."
+        )
+    x, target = batch
+    if target.shape != x.shape[:1]:
+        raise ValueError(
+            f"A batch has {len(x)} images but targets of shape {tuple(target.shape)}; give one class each (B,). "
+            "Multi-label classification, with several labels per image, is not supported."
+        )
+    return x, target
 
 
 def anytime_accuracy(logits: torch.Tensor, targets: torch.Tensor, topk: int = 1) -> torch.Tensor:

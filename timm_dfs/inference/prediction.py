@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..base.evaluating import as_images, evaluating, require_exits
+from ..base.evaluating import as_images, evaluating, require_classes, require_exits
 from ..base.model import MultiExitModel
 from .policy import ExitPolicy
 
@@ -61,7 +61,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
         Logits and exit of each sample, in the batch's order.
 
     Raises:
-        ValueError: If the policy does not fit the model or ``x`` is not a batch of images.
+        ValueError: If the policy does not fit the model, ``x`` is not a batch of images, or the model has one logit.
 
     Example:
         >>> import timm, torch, timm_dfs
@@ -71,6 +71,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
         (torch.Size([4, 10]), tensor([0, 0, 0, 0]))
     """
     require_exits(model)
+    require_classes(model)
     policy = resolve_policy(model, policy)
     x = as_images(model, x)
     if x.shape[0] == 0:

@@ -12,7 +12,7 @@ from .base.evaluating import evaluating
 from .base.model import MultiExitModel
 from .data.images import labels_of, open_image, prepare
 from .demo import photographs
-from .evaluation.flops import exit_flops, last_exit_flops
+from .evaluation.flops import Costs
 from .inference.policy import ExitPolicy
 from .inference.prediction import resolve_policy
 
@@ -85,7 +85,8 @@ def page(model: MultiExitModel, name: str) -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("The page needs the space extra: pip install 'timm-dfs[space]'.") from error
     labels = labels_of(model)
-    costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
+    counted = Costs(model)
+    costs, whole = counted.of_exits(lazy=True), counted.of_last_exit_alone()
 
     def policy_of(point: str, threshold: float) -> ExitPolicy:
         if point == ONE_THRESHOLD:

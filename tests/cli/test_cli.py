@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import datasets
 import numpy as np
@@ -439,3 +440,18 @@ def test_bench_takes_images_of_a_data_set_and_another_size(pictures):
 def test_bench_refuses_a_batch_that_the_data_do_not_fill(pictures):
     result = run("bench", "dfs_vgg7_cifar100", *QUICK, "--batch-size", 50, "--dataset", f"hfds/{pictures}")
     assert_one_line(result, "6 images", "--batch-size")
+
+
+def test_info_shows_the_exits_of_a_twin_too():
+    data = run_json("info", "dfs_test_resnet", "--model-kwargs", "num_classes=5")
+    assert [row["exit"] for row in data["exits"]] == [0, 1, 2, 3] and data["exits"][-1]["point"] is None
+    assert "the whole network" in run("info", "dfs_test_resnet").stdout
+
+
+def test_info_rounds_the_numbers_of_presets():
+    shown = run("info", "dfs_msdnet_cifar100").stdout
+    assert "preset balanced: margin at least" in shown and not re.search(r"\d\.\d{6}", shown)
+
+
+def test_flops_at_a_size_that_a_network_does_not_take_is_one_line():
+    assert_one_line(run("flops", "dfs_vit_tiny_patch16_224", "--input-size", 3, 64, 64), "does not take images", "img_size")

@@ -9,7 +9,7 @@ import typer
 from ..base.model import MultiExitModel
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
-from ..evaluation.flops import exit_flops
+from ..evaluation.flops import Costs
 from ..training.conflict import GradientConflict, gradient_conflict
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
@@ -32,6 +32,7 @@ def evaluate_model(
     data.prepare(model)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
     logits, targets = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
+    costs = Costs(model)
     found: dict[str, Any] = dict(
         model=model_name,
         dataset=where["dataset"] or where["root"],
@@ -40,8 +41,8 @@ def evaluate_model(
         top1=anytime_accuracy(logits, targets).tolist(),
         top5=anytime_accuracy(logits, targets, topk=min(5, model.num_classes)).tolist(),
         ece=calibration_error(logits, targets).tolist(),
-        flops=exit_flops(model),
-        flops_lazy=exit_flops(model, lazy=True),
+        flops=costs.of_exits(),
+        flops_lazy=costs.of_exits(lazy=True),
     )
     if as_json:
         return print_json(found)

@@ -11,7 +11,7 @@ from .. import demo
 from ..base.evaluating import evaluating
 from ..base.model import MultiExitModel
 from ..data.images import labels_of, open_image, prepare
-from ..evaluation.flops import exit_flops, last_exit_flops
+from ..evaluation.flops import Costs
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from .base import (
@@ -47,7 +47,8 @@ def predict_images(
     opened = [(str(path), open_image(path)) for path in images]
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     policy = choose_policy(model, preset, thresholds)
-    costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
+    counted = Costs(model)
+    costs, whole = counted.of_exits(lazy=True), counted.of_last_exit_alone()
     predictions = _predictions(model, opened, policy, costs, whole)
     if as_json:
         return print_json(dict(model=model_name, last_exit_alone=whole, images=predictions))
@@ -102,7 +103,8 @@ def run_demo(
     model_name = demo.MODEL
     model = create(model_name, pretrained=True)
     policy = resolve_policy(model, preset)
-    costs, whole = exit_flops(model, lazy=True), last_exit_flops(model)
+    counted = Costs(model)
+    costs, whole = counted.of_exits(lazy=True), counted.of_last_exit_alone()
     predictions = _predictions(model, [*images.items()], policy, costs, whole)
     speed = demo.measure(model, [*images.values()], policy, batch_size)
     mean_cost = sum(count * cost for count, cost in zip(speed.exit_counts, costs, strict=True)) / batch_size

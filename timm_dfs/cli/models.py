@@ -6,7 +6,8 @@ import timm
 import typer
 from timm.models import get_arch_name, is_model_pretrained
 
-from ..evaluation.flops import exit_flops, last_exit_flops
+from ..base.model import MultiExitModel
+from ..evaluation.flops import Costs, exit_flops
 from ..models.dfs_twins import BASES, PREFIX
 from .base import (
     AsJson,
@@ -75,10 +76,7 @@ def show_info(model_name: ModelName, model_kwargs: ModelKwargs = None, as_json: 
         input_size=model.pretrained_cfg["input_size"],
         beta=model.beta,
         referencing=model.referencing,
-        exits=[
-            dict(exit=k, point=info["module"], channels=info["num_chs"], reduction=info["reduction"], flops=cost)
-            for k, (info, cost) in enumerate(zip(model.feature_info, costs, strict=True))
-        ],
+        exits=[dict(exit=k, **_point(model, k), flops=cost) for k, cost in enumerate(costs)],
         presets=model.presets,
     )
     if as_json:
@@ -91,10 +89,30 @@ def show_info(model_name: ModelName, model_kwargs: ModelKwargs = None, as_json: 
     )
     table = make_table("exit", "after", "channels", "stride", "multiply-adds, M")
     for row in data["exits"]:
-        table.add_row(*map(str, (row["exit"], row["point"], row["channels"], row["reduction"])), millions(row["flops"]))
+        point, stride = row["point"] or "the whole network", row["reduction"] or ""
+        table.add_row(str(row["exit"]), point, str(row["channels"]), str(stride), millions(row["flops"]))
     console.print(table)
     for name, preset in model.presets.items():
-        console.print(f"preset [bold]{name}[/]: {', '.join(f'{key} {value}' for key, value in preset.items())}")
+        console.print(f"preset [bold]{name}[/]: {_in_words(preset)}")
+
+
+def _point(model: MultiExitModel, exit_index: int) -> dict[str, Any]:
+    """Exit point of an exit; the last exit of a twin is the backbone's own classifier, after no module."""
+    if exit_index == len(model.feature_info):
+        return dict(point=None, channels=model.num_features, reduction=None)
+    info = model.feature_info[exit_index]
+    return dict(point=info["module"], channels=info["num_chs"], reduction=info["reduction"])
+
+
+def _in_words(preset: dict[str, Any]) -> str:
+    """A preset in one line, numbers rounded."""
+    thresholds = " ".join("never" if value is None else f"{value:.3f}" for value in preset["thresholds"])
+    parts = [f"{preset.get('confidence', 'max_prob')} at least {thresholds}"]
+    if "average_flops" in preset:
+        parts.append(f"{millions(preset['average_flops'])} M multiply-adds on average")
+    if "accuracy" in preset:
+        parts.append(f"{preset['accuracy']:.2f} % on the samples it was fitted on")
+    return "; ".join(parts)
 
 
 @command("flops")
@@ -107,12 +125,19 @@ def show_flops(
     """Count the multiply-adds (MACs) up to each exit, in the published and the lazy convention."""
     model = create(model_name, pretrained=False, model_kwargs=model_kwargs)
     size = tuple(input_size or model.pretrained_cfg["input_size"])
+    try:
+        costs = Costs(model, size)
+    except (AssertionError, RuntimeError) as error:  # of a network that takes images of one size only
+        raise ValueError(
+            f"{model_name} does not take images of {'×'.join(map(str, size))} ({error}); for networks of a fixed size, "
+            "build it for that size, e.g. --model-kwargs img_size=64."
+        ) from error
     data: dict[str, Any] = dict(
         model=model_name,
         input_size=size,
-        published=exit_flops(model, size),
-        lazy=exit_flops(model, size, lazy=True),
-        last_exit_alone=last_exit_flops(model, size),
+        published=costs.of_exits(),
+        lazy=costs.of_exits(lazy=True),
+        last_exit_alone=costs.of_last_exit_alone(),
     )
     if as_json:
         return print_json(data)

@@ -19,7 +19,7 @@ from ..calibration.operating_point import OperatingPoint, measure_policy
 from ..calibration.presets import NAMED, fit_presets
 from ..data.datasets import follow_run
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
-from ..evaluation.flops import exit_flops, last_exit_flops
+from ..evaluation.flops import Costs
 from ..evaluation.machine import processor, threads
 from ..inference.confidence import CONFIDENCES
 from ..models.dfs_twins import BASES, PREFIX
@@ -78,7 +78,8 @@ def export(
         shutil.rmtree(new)  # left by an interrupted export
     hub.write_weights(model, new)
     shipped = hub.load(f"local-dir:{new}")
-    lazy = exit_flops(model, lazy=True)
+    costs = Costs(model)
+    lazy = costs.of_exits(lazy=True)
     val, tested = collect(shipped, held_out), collect(shipped, test)
     points = operating_points(val, lazy, dataset=facts["dataset"], split=held_out)
     model.presets = {name: point.preset() for name, point in points.items()}
@@ -86,9 +87,9 @@ def export(
     curve = budgeted_batch(val, tested, lazy)
     results = dict(
         model=hub.full_name(model),
-        flops=exit_flops(model),
+        flops=costs.of_exits(),
         flops_lazy=lazy,
-        last_exit_flops=last_exit_flops(model),
+        last_exit_flops=costs.of_last_exit_alone(),
         golden_logits=hub.golden_logits(shipped),
         largest_losses=NAMED,
         held_out=dict(split=held_out, **accuracy(val)),

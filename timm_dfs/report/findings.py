@@ -11,7 +11,7 @@ from ..calibration.budgeted_batch import BudgetPoint, budgeted_batch
 from ..calibration.operating_point import Data, Measurement, measure_policy
 from ..calibration.seen import fingerprints, refuse_seen
 from ..evaluation.accuracy import Reliability, anytime_accuracy, calibration_error, reliability, risk_coverage
-from ..evaluation.flops import exit_flops, last_exit_flops
+from ..evaluation.flops import Costs
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from .published import Published, published_results
@@ -115,22 +115,21 @@ def find(model: MultiExitModel, test: Data, val: Data | None = None, dataset: st
     accuracy, error = anytime_accuracy(logits, targets), calibration_error(logits, targets)
     if val is not None:
         refuse_seen(fingerprints(val[0]), logits, "test", "the budgeted-batch curve")
-    alone = exit_flops(model, lazy=True, heads=())
-    flops, published_flops = exit_flops(model, lazy=True), exit_flops(model)
+    costs = Costs(model)
+    alone = costs.of_exits(lazy=True, heads=())
+    flops, published_flops = costs.of_exits(lazy=True), costs.of_exits()
     published = published_results(dataset, model.num_classes, published_flops)
-    executed = {tuple(range(model.num_exits)): flops}  # by the exits that are enabled: counting takes seconds
     policies = {name: resolve_policy(model, name) for name in model.presets}
-    for policy in policies.values():
-        if policy.answering not in executed:
-            executed[policy.answering] = exit_flops(model, lazy=True, heads=policy.answering)
     return Findings(
         samples=len(targets),
         classes=model.num_classes,
         exits=tuple(ExitAlone(*row) for row in zip(accuracy.tolist(), alone, error.tolist(), strict=True)),
         flops=tuple(flops),
-        last_exit_flops=last_exit_flops(model),
+        last_exit_flops=costs.of_last_exit_alone(),
         points={
-            name: _point(policy, model.presets[name], test, executed[policy.answering], published_flops)
+            name: _point(
+                policy, model.presets[name], test, costs.of_exits(lazy=True, heads=policy.answering), published_flops
+            )
             for name, policy in policies.items()
         },
         curve=tuple(budgeted_batch(val, test, flops)) if val else (),

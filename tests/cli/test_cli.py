@@ -1,8 +1,10 @@
 """The command line: readable output, JSON for scripts, one clear line and exit code 2 for a user's mistake."""
 
 import argparse
+import csv
 import json
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -454,4 +456,39 @@ def test_info_rounds_the_numbers_of_presets():
 
 
 def test_flops_at_a_size_that_a_network_does_not_take_is_one_line():
-    assert_one_line(run("flops", "dfs_vit_tiny_patch16_224", "--input-size", 3, 64, 64), "does not take images", "img_size")
+    assert_one_line(
+        run("flops", "dfs_vit_tiny_patch16_224", "--input-size", 3, 64, 64), "does not take images", "img_size"
+    )
+
+
+def test_predict_takes_folders_and_patterns_and_writes_a_line_for_each_image(checkpoint, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    options = ("--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS, "--batch-size", 2)
+    for place, suffix in ((tmp_path, "csv"), (tmp_path / "*.png", "jsonl")):
+        result = run("predict", "dfs_vgg7_cifar100", place, *options, "--output", tmp_path / f"found.{suffix}")
+        assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader((tmp_path / "found.csv").open()))
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in lines] == [row["label"] for row in rows]
+    assert all(0 < row["confidence"] <= 1 and row["error"] is None for row in lines)
+
+
+def test_a_broken_image_does_not_lose_the_others_predictions(checkpoint, picture, tmp_path):
+    (tmp_path / "broken.png").write_text("no image")
+    options = ("--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS)
+    result = run(
+        "predict", "dfs_vgg7_cifar100", tmp_path / "broken.png", picture, *options, "--output", tmp_path / "o.csv"
+    )
+    assert_one_line(result, "broken.png is not an image")
+    rows = list(csv.DictReader((tmp_path / "o.csv").open()))
+    assert len(rows) == 2 and rows[0]["label"] and "not an image" in rows[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"), [("https://example.org/cat.jpg", "download"), ("absent/*.png", "no image in absent")]
+)
+def test_a_place_without_images_is_refused(place, words):
+    assert_one_line(run("predict", "dfs_vgg7_cifar100", place), words)

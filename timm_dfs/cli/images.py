@@ -1,11 +1,17 @@
 """``timm-dfs predict`` and ``demo``: early exit on photographs."""
 
+import csv
+import glob
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
 
 from .. import demo
 from ..base.evaluating import evaluating
@@ -34,38 +40,117 @@ from .base import (
 @command("predict")
 def predict_images(
     model_name: ModelName,
-    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders of them, or patterns such as 'photos/*.jpg'.", metavar="IMAGE..."),
+    ],
     preset: Annotated[str | None, typer.Option(help=f"Preset; by default {DEFAULT_PRESET!r}.")] = None,
     thresholds: Annotated[
         str | None, typer.Option(help="Thresholds instead of a preset, one per exit, separated by commas.")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write instead, one image a line: .csv, or .jsonl for JSON lines.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
     checkpoint: Checkpoint = None,
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Classify images; show every exit's prediction and cost, and the exit taken."""
-    opened = [(str(path), open_image(path)) for path in images]
+    """Classify images; show every exit's prediction and cost, and the exit taken.
+
+    An image that cannot be read gets its error, the others their predictions; the exit code is then 2.
+    """
+    if output is not None and output.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"--output is {output}; give a file that ends with .csv or .jsonl.")
+    files = find_images(images)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     policy = choose_policy(model, preset, thresholds)
     counted = Costs(model)
     costs, whole = counted.of_exits(lazy=True), counted.of_last_exit_alone()
-    predictions = _predictions(model, opened, policy, costs, whole)
-    if as_json:
-        return print_json(dict(model=model_name, last_exit_alone=whole, images=predictions))
-    for prediction in predictions:
-        table = make_table("exit", "prediction", "confidence", "multiply-adds, M", title=prediction["image"])
-        for row in prediction["exits"]:
-            table.add_row(
-                str(row["exit"]),
-                row["label"],
-                f"{row['confidence']:.3f}",
-                millions(row["flops"]),
-                style="bold green" if row["exit"] == prediction["exit"] else None,
-            )
-        console.print(table)
-        console.print(
-            f"exit {prediction['exit']} is taken: [bold]{prediction['label']}[/], {saving(prediction['saved'])}"
+    predictions, errors = [], {}
+    for start in range(0, len(files), batch_size):
+        opened: list[tuple[str, Image.Image]] = []
+        for file in files[start : start + batch_size]:
+            try:
+                opened.append((str(file), open_image(file)))
+            except (ValueError, OSError) as error:
+                errors[str(file)] = str(error)
+        predictions += _predictions(model, opened, policy, costs, whole) if opened else []
+    if len(errors) == len(files):
+        raise ValueError(" ".join(errors.values()))
+    if output is not None:
+        _write(output, predictions, errors)
+    elif as_json:
+        print_json(dict(model=model_name, last_exit_alone=whole, images=predictions, errors=errors))
+    else:
+        for prediction in predictions:
+            _show(prediction)
+    if errors:
+        raise ValueError(" ".join(errors.values()))
+
+
+def find_images(places: Sequence[str]) -> list[Path]:
+    """Image files that files, folders and patterns name, in order.
+
+    Raises:
+        ValueError: If a place is an address on the web, or has no image.
+    """
+    files: list[Path] = []
+    for place in places:
+        if "://" in place:
+            raise ValueError(f"{place} is an address on the web, which is not read; download the image first.")
+        if Path(place).is_dir():
+            inside = (path for path in Path(place).rglob("*") if path.suffix.lower() in get_img_extensions(as_set=True))
+            found = sorted(path for path in inside if path.is_file())
+        elif not Path(place).exists() and glob.has_magic(place):
+            found = sorted(map(Path, glob.glob(place, recursive=True)))
+        else:
+            found = [Path(place)]
+        if not found:
+            raise ValueError(f"There is no image in {place}; check the path.")
+        files += found
+    return files
+
+
+def _write(file: Path, predictions: list[dict[str, Any]], errors: dict[str, str]) -> None:
+    """Write one line an image; the file is there whole or not at all."""
+    rows = [
+        dict(
+            image=prediction["image"],
+            label=prediction["label"],
+            confidence=prediction["exits"][prediction["exit"]]["confidence"],
+            exit=prediction["exit"],
+            flops=prediction["flops"],
+            error=None,
         )
+        for prediction in predictions
+    ]
+    rows += [dict.fromkeys(rows[0]) | dict(image=image, error=error) for image, error in errors.items()]
+    text = io.StringIO(newline="")
+    if file.suffix == ".csv":
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(text.getvalue(), encoding="utf-8")
+    new.replace(file)
+    console.print(f"{len(predictions)} predictions written to {file}")
+
+
+def _show(prediction: dict[str, Any]) -> None:
+    table = make_table("exit", "prediction", "confidence", "multiply-adds, M", title=prediction["image"])
+    for row in prediction["exits"]:
+        table.add_row(
+            str(row["exit"]),
+            row["label"],
+            f"{row['confidence']:.3f}",
+            millions(row["flops"]),
+            style="bold green" if row["exit"] == prediction["exit"] else None,
+        )
+    console.print(table)
+    console.print(f"exit {prediction['exit']} is taken: [bold]{prediction['label']}[/], {saving(prediction['saved'])}")
 
 
 def _predictions(

@@ -10,6 +10,7 @@ from .calibration.operating_point import Measurement, OperatingPoint, measure_po
 from .calibration.presets import fit_presets
 from .calibration.risk import bound_risk, control_risk
 from .calibration.temperature import fit_temperatures
+from .data.images import open_image
 from .evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
 from .evaluation.flops import exit_flops
 from .hub.folder import write_presets
@@ -49,6 +50,7 @@ __all__ = [
     "gradient_conflict",
     "measure_policy",
     "models",
+    "open_image",
     "operating_frontier",
     "predict",
     "write_presets",

@@ -1,4 +1,4 @@
-"""From image files and data sets to batches, prepared as a model's pretrained config says."""
+"""Images: from files to batches, prepared as a model's pretrained config says, and back to pictures."""
 
 from pathlib import Path
 
@@ -11,11 +11,22 @@ from ..base.model import MultiExitModel
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, upright; transparency over white, 16-bit values scaled.
+    """Open an image file as 8-bit RGB, upright; transparency over white, 16-bit values scaled.
+
+    Args:
+        path: File in a format that Pillow reads.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no image, is damaged, or holds values that are not 8 or 16 bit.
+
+    Example:
+        >>> import tempfile, timm_dfs
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("LA", (8, 6)).save(f"{folder}/grey.png")
+        ...     timm_dfs.open_image(f"{folder}/grey.png").getpixel((0, 0))
+        (255, 255, 255)
     """
     path = Path(path)
     if not path.is_file():
@@ -43,7 +54,7 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def data_config(model: MultiExitModel) -> dict:
-    """How timm prepares images for ``model``, whose channels may have been changed."""
+    """timm's preparation of images for ``model``, whose number of channels may have been changed."""
     config = resolve_model_data_config(model)
     if config["input_size"][0] != model.in_chans:
         if model.in_chans != 1:
@@ -62,7 +73,7 @@ def labels_of(model: MultiExitModel) -> tuple[str, ...]:
 
 
 def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
-    """A batch (B, C, H, W) from RGB images, resized, cropped and normalised for ``model``, on its device."""
+    """Make a batch (B, C, H, W) of RGB images, resized, cropped and normalised for ``model``, on its device."""
     config = data_config(model)
     transform = create_transform(**config, is_training=False)
     if model.in_chans == 1:
@@ -71,7 +82,7 @@ def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
 
 
 def as_pictures(model: MultiExitModel, images: torch.Tensor) -> list[Image.Image]:
-    """What a batch (B, C, H, W) prepared for ``model`` looks like: normalisation undone, RGB or grey."""
+    """Undo the normalisation of a batch (B, C, H, W) that was prepared for ``model``: RGB or grey pictures."""
     config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     pixels = ((images.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()

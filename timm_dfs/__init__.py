@@ -13,6 +13,7 @@ from .calibration.temperature import fit_temperatures
 from .data.images import open_image
 from .evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
 from .evaluation.flops import exit_flops
+from .export import export_onnx
 from .hub.folder import write_presets
 from .inference.fusion import fuse
 from .inference.policy import ExitPolicy
@@ -42,6 +43,7 @@ __all__ = [
     "collect_logits",
     "control_risk",
     "exit_flops",
+    "export_onnx",
     "find_thresholds",
     "fit_operating_point",
     "fit_presets",

@@ -110,11 +110,10 @@ def export_onnx(
 
     Example:
         >>> import tempfile, timm, timm_dfs
-        >>> from timm_dfs.export import export_onnx
         >>> model = timm.create_model("dfs_vgg7_cifar100", depths=(1, 1), widths=(4, 4), num_classes=3)
         >>> policy = timm_dfs.ExitPolicy([0.5, 0.0])
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     sorted(export_onnx(model, f"{folder}/vgg", policy).files)
+        ...     sorted(timm_dfs.export_onnx(model, f"{folder}/vgg", policy).files)
         ['model.onnx']
     """
     folder = Path(folder)

@@ -40,7 +40,7 @@ def test_int8_is_calibrated_on_a_folder_of_images(tmp_path):
         for i in range(4):
             noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(noise).save(tmp_path / "images" / label / f"{i}.png")
-    int8 = ("--int8", "--calibration", tmp_path / "images", "--split", "validation")
+    int8 = ("--int8", "--calibration", tmp_path / "images")
     result = run(*TINY, "--thresholds", "0.5,0", "--output", tmp_path / "out", *int8, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["quantization"]["samples"] == 8

@@ -30,7 +30,7 @@ def test_a_walk_to_some_exits_of_a_twin_can_be_exported(exits):
         expected = [model.forward_exits(batch)[k] for k in exits]
         for found, wanted in zip(program.module()(batch), expected, strict=True):
             assert torch.allclose(found, wanted, atol=1e-5)
-    assert model.visit.current is None
+    assert model.forward_state.at_exit is None
 
 
 def test_importing_the_package_imports_no_part_of_the_extra():

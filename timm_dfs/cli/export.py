@@ -54,7 +54,10 @@ def export_model(
         typer.Option(help="Data set for int8, as in timm's train.py, e.g. hfds/uoft-cs/cifar100, or a folder."),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Its split, held out of training; by default the checkpoint's validation split.")
+        str | None,
+        typer.Option(
+            help="Its split, held out of training; by default the checkpoint's validation split, or the folder itself."
+        ),
     ] = None,
     input_key: InputKey = None,
     target_key: TargetKey = None,
@@ -85,7 +88,7 @@ def export_model(
             None,
             dataset=None if folder else calibration,
             root=folder,
-            split=split,
+            split=split or ("." if folder else None),
             input_key=input_key,
             target_key=target_key,
         )

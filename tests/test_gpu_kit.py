@@ -22,6 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
@@ -236,6 +237,9 @@ def test_a_captured_step_never_asks_the_device(data, tmp_path, kwargs):
         kit.first.loss.item()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.14"), reason="fake CUDA tensors need a driver in older versions (seen with 2.8)"
+)
 def test_a_captured_forward_pass_takes_nothing_from_the_processor():
     """On a GPU that is not there: fake tensors have its device, and no values to ask for."""
     args = recipe.read_recipe(None, settings(cutout=8, reprob=0.25, remode="const"))

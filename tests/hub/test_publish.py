@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -205,6 +206,10 @@ def test_metadata_that_the_hub_refuses_changes_nothing(whole, server, monkeypatc
     assert remote(server) == {}
 
 
+@pytest.mark.skipif(
+    int(huggingface_hub.__version__.partition(".")[0]) < 2,
+    reason="before 2.0 the validator asks the Hub itself",
+)
 def test_a_cards_metadata_passes_huggingface_hubs_validator_and_a_spoilt_one_does_not(server):
     card = ModelCard.load(SHIPPED / "README.md", ignore_metadata_errors=False)
     card.validate()

@@ -63,6 +63,8 @@ def predict_images(
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--output is {output}; give a file that ends with .csv or .jsonl.")
     files = find_images(images)
+    if not any(file.is_file() for file in files):
+        open_image(files[0])  # says so before a model is built
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     policy = choose_policy(model, preset, thresholds)
     counted = Costs(model)

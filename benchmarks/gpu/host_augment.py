@@ -90,7 +90,7 @@ class HostAugmentation:
         self.ahead: dict[int, list[Future]] = {}
 
     def pin(self) -> bool:
-        """Lock the memory, for copies to the GPU that nobody waits for; say whether that worked."""
+        """Lock the memory, for asynchronous copies to the GPU; return whether that worked."""
         torch.cuda.cudart().cudaHostRegister(self.slots.data_ptr(), self.slots.nbytes, 0)
         if self.slots.is_pinned():
             return True

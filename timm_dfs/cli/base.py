@@ -1,4 +1,4 @@
-"""What the commands share: the app, how a model is created and named, how tables and errors look."""
+"""Parts that the commands share: the app, creation of models, options of several values, tables and errors."""
 
 import ast
 import difflib
@@ -195,7 +195,7 @@ def millions(count: float) -> str:
 
 
 def saving(share: float) -> str:
-    """Compute saved against the last exit alone; who goes to the end pays for the heads on the way."""
+    """Share of the compute saved, compared with the last exit alone; negative where early heads cost more."""
     if share >= 0:
         return f"{share:.0%} of the compute saved"
     return f"{-share:.0%} more compute than the last exit alone"

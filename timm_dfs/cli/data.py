@@ -74,7 +74,7 @@ def show_conflict(
     plot: Annotated[Path | None, typer.Option(help="File for a heat map, layers by pairs of exits.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How far the exits pull the weights they share apart. --model-kwargs beta=joint: as joint training would."""
+    """Measure the conflict between the exits' gradients; with --model-kwargs beta=joint, that of joint training."""
     where = data.where(model_name)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     data.prepare(model)

@@ -173,7 +173,7 @@ def _kind(node: Any) -> str:
 
 
 def _part(graph: Any, outputs: Collection[int]) -> Any:
-    """What a trace computes for some of its outputs: a copy without the nodes that come after or are not needed.
+    """Copy of a trace that computes some of its outputs, without the nodes that come after or are not needed.
 
     Nodes that come after are removed first, because one that writes into a tensor in place would otherwise count as
     needed for what was computed before it.

@@ -9,7 +9,7 @@ from .network import BATCH, IMAGES, Network
 
 @dataclass(frozen=True)
 class Stage:
-    """What one exit's logits need that no stage before computed.
+    """Stage of a network: nodes that one exit's logits need and that no earlier stage computed.
 
     Attributes:
         exit_index: The exit.

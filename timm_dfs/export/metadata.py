@@ -1,4 +1,4 @@
-"""What an exported file says about itself: how images are prepared, its labels, policy, costs and versions."""
+"""Metadata of an exported file: preparation of images, labels, policy, costs and versions."""
 
 import json
 import math

@@ -103,13 +103,13 @@ def _states(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def _inputs(stage: Stage) -> list[str]:
-    """What the stage itself reads, of all that it or a deeper one does."""
+    """Tensors that the stage itself reads, among those that it or a deeper stage reads."""
     read = {name for node in stage.nodes for name in node.input} | {stage.logits}
     return [name for name in stage.reads if name in read]
 
 
 def _outputs(stages: Sequence[Stage], place: int) -> list[str]:
-    """What deeper stages read of a stage's own tensors."""
+    """Tensors of a stage that deeper stages read."""
     made = {name for node in stages[place].nodes for name in node.output}
     return [name for name in (stages[place + 1].reads if place + 1 < len(stages) else ()) if name in made]
 

@@ -37,7 +37,7 @@ VERIFIED = 8
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported, and what its verification found.
+    """Exported files and the findings of their verification.
 
     Attributes:
         folder: Where it is.

@@ -41,7 +41,7 @@ class Check:
 
 
 Expect = Callable[[ExitPolicy], Prediction]
-"""What is expected of the images with a policy."""
+"""Expected exits and logits of images with a policy."""
 
 
 def verify(

@@ -103,7 +103,7 @@ _PLAIN = (nn.Conv2d.forward, PartitionedConv2d.forward, nn.BatchNorm2d.forward, 
 
 
 def _after(norm: nn.Module) -> nn.Module:
-    """What timm's norm layers compute after the norm itself: dropout and activation."""
+    """Layers that timm's norm layers apply after the norm itself: dropout and activation."""
     if isinstance(norm, BatchNormAct2d):
         return nn.Sequential(norm.drop, norm.act) if not isinstance(norm.drop, nn.Identity) else norm.act
     return nn.Identity()

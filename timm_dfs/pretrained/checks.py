@@ -9,7 +9,7 @@ from ..base.model import MultiExitModel
 from ..calibration.operating_point import check_preset
 from .packaged import CONFIG_FILE
 
-# Arguments that a config may not set for whoever loads it: they say where weights come from.
+# Arguments that only the caller may set, not a config: they say where weights come from.
 _CALLERS_OWN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 

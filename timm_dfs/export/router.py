@@ -80,6 +80,8 @@ class Router:
         if kind == "margin":
             best = np.sort(p, 1)[:, -2:]
             return best[:, -1] - best[:, :-1].sum(1)
+        if kind != "entropy":
+            raise ValueError(f"router.json has the confidence {kind!r}, which this router does not compute.")
         entropy = -(p * np.log(np.maximum(p, np.finfo(np.float32).tiny))).sum(1)
         return np.maximum(1 - entropy / np.float32(np.log(max(2, p.shape[1]))), 0)
 

@@ -15,8 +15,7 @@ from timm_dfs import ExitPolicy, predict
 from timm_dfs.export import export_onnx, network, to_onnx
 from timm_dfs.export.to_onnx import runner
 from timm_dfs.export.verify import mixed, near_threshold
-from timm_dfs.inference import confidence
-from timm_dfs.inference.confidence import CONFIDENCES, PATIENCE
+from timm_dfs.inference.confidence import CONFIDENCES, PATIENCE, max_prob
 
 onnx = pytest.importorskip("onnx", reason="needs the extra deploy")
 pytest.importorskip("onnxruntime", reason="needs the extra deploy")
@@ -387,7 +386,7 @@ def test_without_the_extra_the_error_names_it(msdnet, tmp_path, monkeypatch):
 
 
 def test_a_confidence_without_a_form_in_onnx_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(confidence.CONFIDENCES, "new", confidence.max_prob)
+    monkeypatch.setitem(CONFIDENCES, "new", max_prob)
     model = tiny_vgg()
     with pytest.raises(ValueError, match=r"'new' has no ONNX form"):
         export_onnx(model, tmp_path / "out", ExitPolicy([0.5, 0.5, 0.0], "new"), images=images(4))

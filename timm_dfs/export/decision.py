@@ -69,9 +69,7 @@ def decide(
         if policy.temperatures is not None:
             logits = scope.op("Div", logits, scope.constant(policy.temperatures[exit_index], np.float32))
         if policy.confidence not in _CONFIDENCES:
-            raise ValueError(
-                f"The confidence {policy.confidence!r} has no ONNX form yet; add it to export/decision.py."
-            )
+            raise ValueError(f"The confidence {policy.confidence!r} has no ONNX form; add one to export/decision.py.")
         confidence = _CONFIDENCES[policy.confidence](scope, scope.op("Softmax", logits, axis=1), classes)
     threshold = scope.op("Gather", thresholds, scope.constant(exit_index), axis=0)
     confident = scope.op("GreaterOrEqual", confidence, threshold)

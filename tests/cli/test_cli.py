@@ -22,6 +22,8 @@ from timm_dfs.cli.bench import HALF
 from timm_dfs.evaluation.bench import Timing
 from timm_dfs.models.dfs_twins import BASES
 
+datasets.disable_progress_bars()  # shown on stderr when a data set is first read, by whichever test comes first
+
 VGG_THRESHOLDS = "0.5,0.5,0.5,0.5,0.5,0"
 
 

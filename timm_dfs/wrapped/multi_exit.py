@@ -170,7 +170,7 @@ class MultiExit(MultiExitModel):
         active_rows: torch.Tensor | None = None  # rows of the active samples in a batch that cannot shrink
         points = 0
 
-        def at_exit(k: int, feature: torch.Tensor) -> tuple[Onward, torch.Tensor | None]:
+        def at_exit(k: int, feature: torch.Tensor):  # torch.compile before 2.11 takes no return type with |
             nonlocal active_rows, points
             points += 1
             if k > deepest:  # a trace or an export cannot stop early; it drops layers whose outputs are not used

@@ -16,17 +16,9 @@ from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
 from ..training.run import read_run
 
-Dataset = Annotated[
-    str | None,
-    typer.Option(help="As in timm's train.py, e.g. hfds/uoft-cs/cifar100; by default the checkpoint's own."),
-]
-DataDir = Annotated[Path | None, typer.Option(help="Root of the data set.")]
 InputKey = Annotated[str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")]
 TargetKey = Annotated[
     str | None, typer.Option(help="Column of the labels in an hfds/ data set; else CIFAR-100's, fine_label.")
-]
-Split = Annotated[
-    str | None, typer.Option(help="Split to measure on; by default the checkpoint's validation split, or test.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]

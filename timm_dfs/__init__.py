@@ -5,6 +5,7 @@ from .base.model import MultiExitModel
 from .base.objective import Objective
 from .base.partition import Partition
 from .calibration.budgeted_batch import BudgetPoint, budgeted_batch, find_thresholds
+from .calibration.ensemble import fit_ensemble
 from .calibration.fit import fit_operating_point, operating_frontier
 from .calibration.operating_point import Measurement, OperatingPoint, measure_policy
 from .calibration.presets import fit_presets
@@ -15,6 +16,7 @@ from .evaluation.accuracy import anytime_accuracy, calibration_error, collect_lo
 from .evaluation.flops import exit_flops
 from .export import export_onnx
 from .hub.folder import write_presets
+from .inference.ensemble import ensemble_logits
 from .inference.fusion import fuse
 from .inference.policy import ExitPolicy
 from .inference.prediction import Prediction, predict
@@ -42,9 +44,11 @@ __all__ = [
     "calibration_error",
     "collect_logits",
     "control_risk",
+    "ensemble_logits",
     "exit_flops",
     "export_onnx",
     "find_thresholds",
+    "fit_ensemble",
     "fit_operating_point",
     "fit_presets",
     "fit_temperatures",

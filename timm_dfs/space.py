@@ -48,7 +48,7 @@ def describe(logits: torch.Tensor, policy: ExitPolicy, labels: tuple[str, ...], 
         whole: Multiply-adds of the last exit alone.
     """
     k = int(policy.exit_index(logits)[0])
-    probabilities = logits[:, 0].softmax(-1)
+    probabilities = policy.predicted(logits)[:, 0].softmax(-1)
     share = costs[k] / whole
     best = html.escape(labels[int(probabilities[k].argmax())])
     rows = []

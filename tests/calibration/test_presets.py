@@ -11,7 +11,8 @@ from helpers import images, settled, tiny_vgg
 
 import timm_dfs
 from timm_dfs.calibration import fit, presets
-from timm_dfs.calibration.presets import NAMED, fit_presets, halves
+from timm_dfs.calibration.ensemble import halves
+from timm_dfs.calibration.presets import NAMED, fit_presets
 from timm_dfs.hub import folder as hub
 from timm_dfs.hub.folder import write_presets
 
@@ -39,7 +40,7 @@ def test_every_model_gets_the_named_points_and_those_asked_for(data):
 def test_all_presets_share_one_search(data, monkeypatch):
     made = []
     search = fit.ThresholdSearch
-    monkeypatch.setattr(fit, "ThresholdSearch", lambda *args: made.append(args) or search(*args))
+    monkeypatch.setattr(fit, "ThresholdSearch", lambda *args, **how: made.append(args) or search(*args, **how))
     fit_presets(data[0], FLOPS, budgets=[20], max_accuracy_drops=[4, 8], held_out=data[1])
     assert len(made) == 1
 

@@ -63,12 +63,12 @@ def batch():
     return images(12, SIZE, seed=3)
 
 
-def spread(model, batch, confidence="max_prob", temperatures=None, never=()):
+def spread(model, batch, confidence="max_prob", temperatures=None, never=(), ensemble=None):
     """A policy with which images of the batch leave at every exit, except those in ``never``."""
     thresholds = [None if k in never else 0.0 for k in range(model.num_exits)]
     with torch.no_grad():
         logits = torch.stack(model.forward_exits(batch))
-    return mixed(ExitPolicy(thresholds, confidence, temperatures), logits)
+    return mixed(ExitPolicy(thresholds, confidence, temperatures, ensemble), logits)
 
 
 def exported(model, folder, policy, layout="graph", **kwargs):
@@ -99,6 +99,23 @@ def test_every_confidence_gives_the_exits_of_predict_alone_and_in_a_batch(msdnet
     for row in range(3):
         alone = run(batch[row : row + 1].numpy(), floats(policy))
         assert_same(alone, timm_dfs.Prediction(expected.logits[[row]], expected.exit_index[[row]]))
+
+
+@pytest.mark.parametrize("layout", ["graph", "stages"])
+@pytest.mark.parametrize("ensemble", ["mean", [[1.0], [1.0, 3.0], [1.0, 0.0, 2.0]]], ids=["mean", "weights"])
+@pytest.mark.parametrize("confidence", ["max_prob", PATIENCE])
+def test_exits_predict_together_in_the_file_as_they_do_in_predict(
+    msdnet, batch, tmp_path, confidence, ensemble, layout
+):
+    temperatures = None if confidence == PATIENCE else [0.5, 2.0, 1.5]
+    for never in ((), (0,)):
+        policy = spread(msdnet, batch, confidence, temperatures, never, ensemble)
+        expected = predict(msdnet, batch, policy)
+        assert len(set(expected.exit_index.tolist())) > 1 or confidence == PATIENCE
+        run = exported(msdnet, tmp_path / f"without_{len(never)}", policy, layout)
+        assert_same(run(batch.numpy(), floats(policy)), expected)
+        alone = run(batch[:1].numpy(), floats(policy))
+        assert_same(alone, timm_dfs.Prediction(expected.logits[[0]], expected.exit_index[[0]]))
 
 
 @pytest.mark.parametrize("layout", ["graph", "stages"])

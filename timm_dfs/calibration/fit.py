@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from ..inference.confidence import PATIENCE, confidence_function
+from ..inference.ensemble import ensemble_logits
 from ..inference.policy import ExitPolicy
 from .logits import check_data
 from .operating_point import Data, OperatingPoint, Source, check_flops, measure
@@ -27,6 +28,7 @@ def fit_operating_point(
     max_accuracy_drop: float | None = None,
     confidence: str = "max_prob",
     temperatures: Sequence[float] | torch.Tensor | None = None,
+    ensemble: str | Sequence[Sequence[float]] | None = None,
     exits: Collection[int] | None = None,
     dataset: str = "",
     split: str = "validation",
@@ -47,7 +49,10 @@ def fit_operating_point(
         max_accuracy_drop: Largest drop in accuracy below the last exit, percentage points; the cheapest point within
             it is fitted.
         confidence: Name of the confidence that thresholds are compared with.
-        temperatures: One per exit, e.g. from :func:`timm_dfs.fit_temperatures`.
+        temperatures: One per exit, e.g. from :func:`timm_dfs.fit_temperatures`, given the ensemble's logits if there is
+            one.
+        ensemble: As for :class:`timm_dfs.ExitPolicy`. Every exit that may be active then is, since later exits count on
+            it; where no sample should leave, its threshold is 1. Drops stay those below the last exit on its own.
         exits: Exits that may be active, by default all; the last one always is.
         dataset: Name of the data set of ``val``, for the record.
         split: Name of its split.
@@ -67,7 +72,7 @@ def fit_operating_point(
         >>> point.accuracy, point.average_flops
         (100.0, 12.5)
     """
-    fitting = Fitting(val, flops, confidence, temperatures, exits, dataset, split)
+    fitting = Fitting(val, flops, confidence, temperatures, ensemble, exits, dataset, split)
     goals = dict(budget=budget, accuracy=accuracy, max_accuracy_drop=max_accuracy_drop)
     given = [name for name, value in goals.items() if value is not None]
     if len(given) != 1:
@@ -86,6 +91,7 @@ def operating_frontier(
     points: int = 40,
     confidence: str = "max_prob",
     temperatures: Sequence[float] | torch.Tensor | None = None,
+    ensemble: str | Sequence[Sequence[float]] | None = None,
     exits: Collection[int] | None = None,
     dataset: str = "",
     split: str = "validation",
@@ -108,7 +114,7 @@ def operating_frontier(
     """
     if points < 2:
         raise ValueError(f"points is {points}; give at least 2.")
-    return Fitting(val, flops, confidence, temperatures, exits, dataset, split).frontier(points)
+    return Fitting(val, flops, confidence, temperatures, ensemble, exits, dataset, split).frontier(points)
 
 
 class Fitting:
@@ -123,6 +129,7 @@ class Fitting:
         flops: Sequence[float],
         confidence: str = "max_prob",
         temperatures: Sequence[float] | torch.Tensor | None = None,
+        ensemble: str | Sequence[Sequence[float]] | None = None,
         exits: Collection[int] | None = None,
         dataset: str = "",
         split: str = "validation",
@@ -135,19 +142,22 @@ class Fitting:
             raise ValueError(f"There are {samples} validation samples for {self.num_exits} exits; give more.")
         self.val, self.flops, self.confidence = val, [float(value) for value in flops], confidence
         self.early = self._check_exits(exits)
-        never = ExitPolicy([math.inf] * self.num_exits, confidence, temperatures)
-        self.temperatures = never.temperatures
+        self.never = ExitPolicy([math.inf] * self.num_exits, confidence, temperatures, ensemble)
+        self.temperatures = self.never.temperatures
         self.source = Source(dataset, split, samples)
         self.seen = fingerprints(logits)
-        self.correct = logits.argmax(-1) == targets
-        self.last_exit_accuracy = 100 * (self.correct[-1].double().sum().item() / samples)
-        warn_of_untrained(self.correct, logits.shape[-1], self.early)
+        correct = logits.argmax(-1) == targets
+        self.last_exit_accuracy = 100 * (correct[-1].double().sum().item() / samples)
+        warn_of_untrained(correct, logits.shape[-1], self.early)
         self.search: ThresholdSearch | None = None
         if confidence != PATIENCE:
+            active = [*self.early, self.num_exits - 1]
+            if ensemble is not None:
+                logits = ensemble_logits(logits, ensemble, active)
+                correct = logits.argmax(-1) == targets
             scaled = logits if temperatures is None else logits / torch.tensor(self.temperatures)[:, None, None]
-            self.search = ThresholdSearch(
-                confidence_function(confidence)(scaled), self.correct, self.flops, [*self.early, self.num_exits - 1]
-            )
+            confidences = confidence_function(confidence)(scaled)
+            self.search = ThresholdSearch(confidences, correct, self.flops, active, keep_active=ensemble is not None)
 
     def _check_exits(self, exits: Collection[int] | None) -> list[int]:
         last = self.num_exits - 1
@@ -181,7 +191,8 @@ class Fitting:
         """Points of falling cost, see :func:`timm_dfs.operating_frontier`."""
         if self.search is None:
             return self._patient
-        return [self.point(self._policy(thresholds)) for thresholds in self.search.frontier(points)]
+        found = [self.point(self.never.with_thresholds(thresholds)) for thresholds in self.search.frontier(points)]
+        return found if self.never.ensemble is None else [self.point(self.never), *found]
 
     def _best(self, value: Value, wanted: str) -> OperatingPoint:
         found: OperatingPoint | None = None
@@ -191,7 +202,7 @@ class Fitting:
             values = value(*done.unbind(1))
             found = points[int(values.argmax())] if values.max() > -math.inf else None
         elif (thresholds := self.search.best(value)) is not None:
-            found = self.point(self._policy(thresholds))
+            found = self.point(self.never.with_thresholds(thresholds))
         if found is None:
             raise ValueError(
                 f"No thresholds were found for {wanted} on the validation data, where the last exit has "
@@ -199,16 +210,13 @@ class Fitting:
             )
         return found
 
-    def _policy(self, thresholds: Sequence[float]) -> ExitPolicy:
-        return ExitPolicy(thresholds, self.confidence, self.temperatures)
-
     @cached_property
     def _patient(self) -> list[OperatingPoint]:
         """The points of every patience, from the most expensive; the first, of infinite patience, never exits early."""
         points = []
         for patience in (math.inf, *range(len(self.early) - 1, -1, -1)):
             thresholds = [patience if k in self.early else math.inf for k in range(self.num_exits)]
-            points.append(self.point(self._policy(thresholds)))
+            points.append(self.point(self.never.with_thresholds(thresholds)))
         return points
 
 

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 
 from ..inference.confidence import PATIENCE
+from ..inference.ensemble import Weights
 from ..inference.policy import ExitPolicy
 from .logits import check_data
 from .seen import refuse_seen
@@ -81,11 +82,16 @@ class OperatingPoint:
             thresholds=[None if value == math.inf else max(value, 0.0) for value in policy.thresholds],
             confidence=policy.confidence,
             **({"temperatures": list(policy.temperatures)} if policy.temperatures else {}),
+            **({"ensemble": _as_lists(policy.ensemble)} if policy.ensemble else {}),
             average_flops=self.average_flops,
             accuracy=self.accuracy,
             fitted_on=vars(self.fitted_on).copy(),
             **({"risk": vars(self.risk).copy()} if self.risk else {}),
         )
+
+
+def _as_lists(ensemble: str | Weights) -> str | list[list[float]]:
+    return ensemble if isinstance(ensemble, str) else [list(row) for row in ensemble]
 
 
 def check_preset(preset: dict, num_exits: int | None) -> None:
@@ -138,7 +144,7 @@ class Measurement:
         accuracy: Top-1, percent.
         average_flops: Mean multiply-adds per sample.
         exit_shares: Share of the samples that left at each exit (E,).
-        last_exit_accuracy: Top-1 of the last exit on all samples, percent.
+        last_exit_accuracy: Top-1 of the last exit on all samples, on its own, percent.
         samples: Number of samples.
 
     Example:
@@ -187,14 +193,13 @@ def measure(policy: ExitPolicy, data: Data, flops: Sequence[float]) -> Measureme
     """Measure a policy as :func:`measure_policy` does, on any data."""
     logits, targets = data
     exits = policy.exit_index(logits)
-    right = logits.argmax(-1) == targets
-    at_exit = right.gather(0, exits[None])[0]
+    at_exit = (policy.predicted(logits).argmax(-1) == targets).gather(0, exits[None])[0]
     samples = len(targets)
     return Measurement(
         accuracy=100 * (at_exit.double().sum().item() / samples),
         average_flops=torch.tensor(flops, dtype=torch.float64)[exits].sum().item() / samples,
         exit_shares=tuple((torch.bincount(exits, minlength=len(logits)).double() / samples).tolist()),
-        last_exit_accuracy=100 * (right[-1].double().sum().item() / samples),
+        last_exit_accuracy=100 * ((logits[-1].argmax(-1) == targets).double().sum().item() / samples),
         samples=samples,
     )
 

@@ -32,6 +32,7 @@ def fit_presets(
     confidence_level: float = 0.95,
     confidence: str = "max_prob",
     temperatures: Sequence[float] | torch.Tensor | None = None,
+    ensemble: str | Sequence[Sequence[float]] | None = None,
     exits: Collection[int] | None = None,
     dataset: str = "",
     split: str = "validation",
@@ -60,7 +61,7 @@ def fit_presets(
         >>> {name: point.average_flops for name, point in points.items()}
         {'accurate': 10.0, 'balanced': 10.0, 'fast': 10.0, 'drop-5': 10.0}
     """
-    fitting = Fitting(val, flops, confidence, temperatures, exits, dataset, split)
+    fitting = Fitting(val, flops, confidence, temperatures, ensemble, exits, dataset, split)
     points = {name: fitting.dropping(drop) for name, drop in NAMED.items()}
     points.update((budget_name(budget), fitting.within(budget)) for budget in budgets)
     if held_out is None:
@@ -71,11 +72,3 @@ def fit_presets(
     for drop in max_accuracy_drops:
         points[drop_name(drop)] = control_risk(frontier, held_out, drop, confidence_level)
     return points
-
-
-def halves(data: Data) -> tuple[Data, Data]:
-    """Split samples into two random halves, the same ones at every call."""
-    logits, targets = data
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    first, second = order[: len(order) // 2], order[len(order) // 2 :]
-    return (logits[:, first], targets[first]), (logits[:, second], targets[second])

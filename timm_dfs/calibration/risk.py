@@ -135,8 +135,9 @@ def _drops(point: OperatingPoint, held_out: Data, confidence_level: float) -> to
     check_data("held_out", held_out)
     logits, targets = held_out
     refuse_seen(point.seen, logits, "held-out", "the operating point")
-    correct = (logits.argmax(-1) == targets).double()
-    return correct[-1] - correct.gather(0, point.policy.exit_index(logits)[None])[0]
+    policy = point.policy
+    correct = (policy.predicted(logits).argmax(-1) == targets).double()
+    return (logits[-1].argmax(-1) == targets).double() - correct.gather(0, policy.exit_index(logits)[None])[0]
 
 
 def check_confidence_level(confidence_level: float) -> None:

@@ -35,9 +35,18 @@ class ThresholdSearch:
         correct: Whether each exit's prediction is correct, bool (E, N).
         flops: Multiply-adds up to and including each exit (E,).
         exits: The exits that may be active, the last one among them.
+        keep_active: Choose no threshold above 1, which would switch an exit off: where exits predict together, an exit
+            counts even if no sample leaves at it. Samples of confidence 1 then leave.
     """
 
-    def __init__(self, confidences: torch.Tensor, correct: torch.Tensor, flops: Sequence[float], exits: Sequence[int]):
+    def __init__(
+        self,
+        confidences: torch.Tensor,
+        correct: torch.Tensor,
+        flops: Sequence[float],
+        exits: Sequence[int],
+        keep_active: bool = False,
+    ):
         self.last, self.samples = len(confidences) - 1, confidences.shape[1]
         self.early = sorted(set(exits) - {self.last})
         self.confidences = confidences
@@ -48,6 +57,10 @@ class ThresholdSearch:
         # Counts that a threshold can produce: none, all, and those after which the next sample is less confident.
         never = torch.ones(len(confidences), 1, dtype=torch.bool)
         self.possible = torch.cat([never, self.sorted[:, :-1] > self.sorted[:, 1:], never], 1)
+        self.highest = 1.0 if keep_active else math.inf
+        self.least = (confidences >= self.highest).sum(1)  # counts of the highest thresholds
+        self.least[[k for k in range(len(confidences)) if k not in self.early]] = 0
+        self.possible &= torch.arange(self.samples + 1) >= self.least[:, None]
         self.starts = self._starts()
         self._measured_starts = self._measure(self.starts)
 
@@ -57,7 +70,7 @@ class ThresholdSearch:
         return None if counts is None else self.thresholds(counts)
 
     def frontier(self, points: int) -> list[tuple[float, ...]]:
-        """Thresholds within as many budgets, by falling cost; the first never let a sample exit early.
+        """Thresholds within as many budgets, by falling cost; the first let no sample exit early that need not.
 
         Except for the first, none cost more than others and are no more accurate.
         """
@@ -88,7 +101,7 @@ class ThresholdSearch:
             if k == self.last or count == self.samples:
                 found.append(0.0)
             elif count == 0:
-                found.append(math.inf)
+                found.append(self.highest if k in self.early else math.inf)
             else:
                 leaves, stays = self.sorted[k, count - 1], self.sorted[k, count]
                 halfway = (leaves + stays) / 2
@@ -155,7 +168,7 @@ class ThresholdSearch:
             thresholds = official_thresholds(self.confidences[allowed], fractions)
             found.append(none.clone())
             found[-1][allowed] = (self.confidences[allowed] >= thresholds[:, None]).sum(1)
-        found[:] = [counts.where(torch.arange(len(counts)) < self.last, 0) for counts in found]
+        found[:] = [counts.where(torch.arange(len(counts)) < self.last, 0).maximum(self.least) for counts in found]
         for price in PRICES:
             value = _priced(price / self.cost[-1].item())
             found.append(self.improve(self._if_each_saw_all(value), value))
@@ -163,7 +176,7 @@ class ThresholdSearch:
 
     def _if_each_saw_all(self, value: Value) -> torch.Tensor:
         """The best count of each exit, deep to shallow, if no sample had exited before it."""
-        counts = torch.zeros(self.last + 1, dtype=torch.int64)
+        counts = self.least.clone()
         for k in reversed(self.early):
             counts[k] = self._best_count(k, counts, value)
         return counts

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..calibration.ensemble import choose_ensemble, halves
 from ..calibration.fit import check_accuracy_drop, check_budget
-from ..calibration.presets import NAMED, fit_presets, halves
+from ..calibration.presets import NAMED, fit_presets
 from ..calibration.risk import check_confidence_level
 from ..calibration.seen import is_test
 from ..calibration.temperature import fit_temperatures
@@ -16,6 +17,7 @@ from ..evaluation.accuracy import anytime_accuracy, collect_logits
 from ..evaluation.flops import Costs
 from ..hub.folder import write_presets
 from ..inference.confidence import CONFIDENCES, PATIENCE
+from ..inference.ensemble import MEAN, ensemble_logits
 from ..inference.policy import ExitPolicy
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
@@ -47,6 +49,10 @@ def calibrate(
     by: Annotated[
         str, typer.Option(help=f"Confidence that thresholds are compared with: {', '.join([*CONFIDENCES, PATIENCE])}.")
     ] = "max_prob",
+    ensemble: Annotated[
+        bool,
+        typer.Option(help="Let exits predict together with those before them if that is better on held-out samples."),
+    ] = True,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the model, whose config.json gets the presets, or a new folder.")
     ] = None,
@@ -75,7 +81,9 @@ def calibrate(
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
     logits = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
     val, held_out = (logits, None) if confidence_level is None else halves(logits)
-    temperatures = None if by == PATIENCE else fit_temperatures(*val)
+    together = choose_ensemble(val) if ensemble and len(val[0]) > 1 else None
+    scored = val[0] if together is None else ensemble_logits(val[0], together)
+    temperatures = None if by == PATIENCE else fit_temperatures(scored, val[1])
     points = fit_presets(
         val,
         flops,
@@ -85,6 +93,7 @@ def calibrate(
         confidence_level=confidence_level or 0.95,
         confidence=by,
         temperatures=temperatures,
+        ensemble=together,
         dataset=where["dataset"].removeprefix("hfds/") or str(where["root"]),
         split=where["split"],
     )
@@ -118,6 +127,9 @@ def calibrate(
         f"The last exit has {last_exit:.2f} % and alone costs {millions(whole)} M (share 100 %). Largest drops "
         f"below it, in points: {_NAMED}. Accuracy on other samples is somewhat lower: thresholds were chosen on these."
     )
+    if together is not None:
+        weights = "equal weights" if together == MEAN else "fitted weights"
+        console.print(f"Exits predict together with those before them, with {weights}; the last exit alone does not.")
     if held_out is not None:
         console.print(
             f"Drop at most: points below the last exit on samples to come, each with probability {confidence_level:g}, "

@@ -10,6 +10,7 @@ from ..base.model import MultiExitModel
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
 from ..evaluation.flops import Costs
+from ..inference.ensemble import ensemble_logits
 from ..training.conflict import GradientConflict, gradient_conflict
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
@@ -41,6 +42,7 @@ def evaluate_model(
         top1=anytime_accuracy(logits, targets).tolist(),
         top5=anytime_accuracy(logits, targets, topk=min(5, model.num_classes)).tolist(),
         ece=calibration_error(logits, targets).tolist(),
+        top1_ensemble=anytime_accuracy(ensemble_logits(logits), targets).tolist(),
         flops=costs.of_exits(),
         flops_lazy=costs.of_exits(lazy=True),
     )
@@ -49,16 +51,20 @@ def evaluate_model(
     table = make_table(
         "exit",
         "top-1, %",
+        "together, %",
         "top-5, %",
         "ECE",
         "multiply-adds, M",
         "lazy, M",
         title=f"{model_name}: {len(targets)} samples",
     )
-    columns = zip(found["top1"], found["top5"], found["ece"], found["flops"], found["flops_lazy"], strict=True)
-    for k, (top1, top5, ece, cost, lazy) in enumerate(columns):
-        table.add_row(str(k), f"{top1:.2f}", f"{top5:.2f}", f"{ece:.4f}", millions(cost), millions(lazy))
+    keys = ("top1", "top1_ensemble", "top5", "ece", "flops", "flops_lazy")
+    for k, row in enumerate(zip(*(found[key] for key in keys), strict=True)):
+        top1, together, top5, ece, cost, lazy = row
+        shares = [f"{top1:.2f}", f"{together:.2f}", f"{top5:.2f}", f"{ece:.4f}"]
+        table.add_row(str(k), *shares, millions(cost), millions(lazy))
     console.print(table)
+    console.print("Together: top-1 of the mean log-probability of this exit and all before it.")
 
 
 @command("conflict")

@@ -161,7 +161,7 @@ def _predictions(
     """Every exit's prediction for each image, and the exit taken."""
     with evaluating(model), torch.inference_mode():
         logits = torch.stack(model.forward_exits(prepare(model, [image for _, image in images])))
-    confidence, label = logits.softmax(-1).max(-1)
+    confidence, label = policy.predicted(logits).softmax(-1).max(-1)
     labels = labels_of(model)
     broken = logits.isnan().any(-1).any(0)
     if broken.any():

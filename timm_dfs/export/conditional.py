@@ -8,7 +8,7 @@ import numpy as np
 
 from ..inference.policy import ExitPolicy
 from .cut import Stage, is_batch_size, rows_per_image, shrinks
-from .decision import THRESHOLDS, Memory, check_left_out, decide
+from .decision import THRESHOLDS, Memory, check_left_out, combine, decide
 from .network import IMAGES, Network, require
 from .scope import FLOAT, INT, Scope
 
@@ -54,14 +54,13 @@ class _Writer:
         """Write a stage and, behind an ``If``, all deeper ones; return the names of logits (B, C) and exits (B,)."""
         stage = self.stages[place]
         names = self._copy(scope, stage, batch)
-        logits = names.get(stage.logits, stage.logits)
+        own = names.get(stage.logits, stage.logits)
+        logits, before = combine(scope, self.policy, stage.exit_index, own, batch.memory)
         size = scope.op("Shape", batch.counted, start=0, end=1)
         exits = scope.op("Expand", scope.constant([stage.exit_index]), size)
         if place == len(self.stages) - 1:
             return logits, exits
-        staying, memory = decide(
-            scope, self.policy, self.thresholds, stage.exit_index, logits, self.classes, batch.memory
-        )
+        staying, memory = decide(scope, self.policy, self.thresholds, stage.exit_index, logits, self.classes, before)
         if batch.active is not None:
             staying = scope.op("And", staying, batch.active)
         rows = scope.op("Squeeze", scope.op("NonZero", staying), scope.constant([0]))

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..inference.confidence import PATIENCE
+from ..inference.ensemble import effective_weights
 from ..inference.policy import ExitPolicy
 from .scope import BOOL, FLOAT, INT, Scope
 
@@ -22,15 +23,20 @@ class Memory:
         broken: Bool: an exit's softmax was NaN, so the image goes to the last exit.
         prediction: int64: the class that the exit before predicted. Only with patience.
         agreed: float32: how many exits just before that one predicted the same class. Only with patience.
+        logits: Exits before, each with its own logits (B, C). Only with an ensemble.
     """
 
     broken: str | None = None
     prediction: str | None = None
     agreed: str | None = None
+    logits: tuple[tuple[int, str], ...] = ()
 
     def map(self, function: Callable[[str], str]) -> "Memory":
         """The same, ``function`` applied to each name."""
-        return Memory(*(None if name is None else function(name) for name in vars(self).values()))
+        broken, prediction, agreed = (
+            None if name is None else function(name) for name in (self.broken, self.prediction, self.agreed)
+        )
+        return Memory(broken, prediction, agreed, tuple((k, function(name)) for k, name in self.logits))
 
 
 def decide(
@@ -43,7 +49,7 @@ def decide(
         policy: Its confidence and temperatures count.
         thresholds: Name of the thresholds (E,).
         exit_index: The exit.
-        logits: Name of its logits (B, C).
+        logits: Name of the policy's logits (B, C) there, from :func:`combine`.
         classes: C.
         before: Memory of the exits before.
 
@@ -55,7 +61,7 @@ def decide(
     broken = _is_broken(scope, logits, largest, axis)
     if before.broken is not None:
         broken = scope.op("Or", broken, before.broken)
-    memory = Memory(broken)
+    memory = Memory(broken, logits=before.logits)
     if policy.confidence == PATIENCE:
         prediction = scope.op("ArgMax", logits, axis=1, keepdims=0)
         if before.prediction is None or before.agreed is None:
@@ -63,7 +69,7 @@ def decide(
         else:
             same = scope.op("Cast", scope.op("Equal", prediction, before.prediction), to=FLOAT)
             agreed = scope.op("Mul", scope.op("Add", before.agreed, scope.constant(1, np.float32)), same)
-        memory = Memory(broken, prediction, agreed)
+        memory = Memory(broken, prediction, agreed, before.logits)
         confidence = agreed
     else:
         if policy.temperatures is not None:
@@ -74,6 +80,28 @@ def decide(
     threshold = scope.op("Gather", thresholds, scope.constant(exit_index), axis=0)
     confident = scope.op("GreaterOrEqual", confidence, threshold)
     return scope.op("Or", scope.op("Not", confident), broken), memory
+
+
+def combine(scope: Scope, policy: ExitPolicy, exit_index: int, logits: str, before: Memory) -> tuple[str, Memory]:
+    """Write the policy's logits at an exit.
+
+    Args:
+        scope: The graph to add nodes to.
+        policy: Its ensemble counts.
+        exit_index: The exit.
+        logits: Name of the exit's own logits (B, C).
+        before: Memory of the exits before.
+
+    Returns:
+        Name of the policy's logits (B, C), and the memory with the exit's own added.
+    """
+    if policy.ensemble is None:
+        return logits, before
+    memory = replace(before, logits=(*before.logits, (exit_index, logits)))
+    own = dict(memory.logits)
+    weights = effective_weights(policy.ensemble, exit_index, policy.answering)
+    parts = [scope.op("Mul", own[j], scope.constant(weight, np.float32)) for j, weight in weights.items()]
+    return (scope.op("Sum", *parts) if len(parts) > 1 else parts[0]), memory
 
 
 def _is_broken(scope: Scope, logits: str, largest: str, axis: str) -> str:

@@ -52,6 +52,7 @@ def describe(
             confidence=policy.confidence,
             thresholds=[None if value == math.inf else value for value in policy.thresholds],
             temperatures=policy.temperatures,
+            ensemble=policy.ensemble,
             exit_macs=[costs[k] for k in policy.answering],
         )
     return {key: value for key, value in facts.items() if value is not None}

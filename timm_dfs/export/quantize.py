@@ -124,7 +124,10 @@ def refit(policy: ExitPolicy, before: torch.Tensor, after: torch.Tensor, targets
     last = torch.full_like(exits, len(before) - 1)
     return Quantization(
         samples=len(targets),
-        accuracy=(_top1(before, exits, targets), _top1(after, exits_after, targets)),
+        accuracy=(
+            _top1(policy.predicted(before), exits, targets),
+            _top1(new.predicted(after), exits_after, targets),
+        ),
         last_exit_accuracy=(_top1(before, last, targets), _top1(after, last, targets)),
         exit_counts=(tuple(counts), tuple(torch.bincount(exits_after, minlength=len(before)).tolist())),
         thresholds=new.thresholds,

@@ -48,9 +48,10 @@ class Router:
             outputs = session.run(None, {name: state[name] for name in stage["inputs"]})
             state.update(zip(stage["outputs"], outputs[1:]))
             k, last = stage["exit_index"], stage is self.stages[-1][0]
-            confident = self.confidence(k, outputs[0], memory) >= thresholds[k]
+            scores = self.combined(k, outputs[0], memory)
+            confident = self.confidence(k, scores, memory) >= thresholds[k]
             leaving = ~done & ((confident & ~memory["broken"]) | last)
-            logits[rows[leaving]], exits[rows[leaving]] = outputs[0][leaving], k
+            logits[rows[leaving]], exits[rows[leaving]] = scores[leaving], k
             done |= leaving
             if done.all():
                 break
@@ -60,6 +61,13 @@ class Router:
                 memory = {name: value[keep] for name, value in memory.items()}
                 rows, done = rows[keep], done[keep]
         return logits, exits
+
+    def combined(self, k, logits, memory):
+        """Logits (B, classes) of the policy at exit k; an ensemble notes the exit's own in ``memory``."""
+        if self.about["weights"] is None:
+            return logits
+        memory[f"logits {k}"] = logits
+        return sum(memory[f"logits {j}"] * np.float32(weight) for j, weight in self.about["weights"][str(k)].items())
 
     def confidence(self, k, logits, memory):
         """Confidence (B,) of exit k; notes in ``memory`` what later exits need of it."""

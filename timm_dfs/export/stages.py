@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..inference.ensemble import effective_weights
 from ..inference.policy import ExitPolicy
 from .conditional import LOGITS, PROBABILITIES, copy_node
 from .cut import Stage, rows_per_image, shrinks
@@ -78,6 +79,12 @@ def routing(network: Network, stages: Sequence[Stage], policy: ExitPolicy, files
         confidence=policy.confidence,
         thresholds=[None if value == float("inf") else value for value in policy.thresholds],
         temperatures=policy.temperatures and list(policy.temperatures),
+        weights=None
+        if policy.ensemble is None
+        else {
+            str(k): {str(j): weight for j, weight in effective_weights(policy.ensemble, k, policy.answering).items()}
+            for k in policy.answering
+        },
     )
 
 

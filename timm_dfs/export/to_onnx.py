@@ -84,7 +84,8 @@ def export_onnx(
       ``router.py`` that does it with numpy and onnxruntime. For runtimes without control flow.
     - ``"last"``: one ``model.onnx`` without early exits, to compare with. Output: ``logits``.
 
-    Exits that the policy never uses are left out of the files.
+    Exits that the policy never uses are left out of the files. With an ensemble, every exit of the files contributes to
+    those after it, whatever threshold it is given later.
 
     Args:
         model: A network with exits. The files hold its weights in float32, batch norms folded.
@@ -143,7 +144,7 @@ def export_onnx(
         check_data("calibration", (before, targets))
         network = quantize(network, given)
         quantization = refit(policy, before, all_logits(network, given), targets)
-        policy = ExitPolicy(quantization.thresholds, policy.confidence, policy.temperatures)
+        policy = policy.with_thresholds(quantization.thresholds)
         logits = all_logits(network, images)
     stages = cut(network, policy.answering)
     facts = describe(exported, (channels, height, width), layout, None if layout == "last" else policy, preset)
@@ -169,7 +170,7 @@ def export_onnx(
             if quantization is None:
                 return predict(exported, images, policy)
             exits = policy.exit_index(logits)
-            return Prediction(logits[exits, torch.arange(len(exits))], exits)
+            return Prediction(policy.predicted(logits)[exits, torch.arange(len(exits))], exits)
 
         checks = verify(expect, logits, policy, images, run, batch_size, softmax)
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}

@@ -127,7 +127,7 @@ def mixed(policy: ExitPolicy, logits: torch.Tensor) -> ExitPolicy:
         logits: (E, N, C) of the images.
     """
     if policy.confidence == PATIENCE:
-        return ExitPolicy([1.0 if k in policy.answering else None for k in range(len(logits))], PATIENCE)
+        return policy.with_thresholds([1.0 if k in policy.answering else None for k in range(len(logits))])
     share, left = divmod(logits.shape[1], len(policy.answering))
     counts = [0] * len(logits)
     for place, k in enumerate(policy.answering):
@@ -148,6 +148,7 @@ def leaving_at(policy: ExitPolicy, logits: torch.Tensor, counts: Sequence[int]) 
     if policy.confidence == PATIENCE:
         return policy
     thresholds = list(policy.thresholds)
+    logits = policy.predicted(logits)
     active = torch.ones(logits.shape[1], dtype=torch.bool)
     for k in policy.answering[:-1]:
         confidence = _confidence(policy, k, logits)
@@ -159,12 +160,12 @@ def leaving_at(policy: ExitPolicy, logits: torch.Tensor, counts: Sequence[int]) 
         else:
             thresholds[k] = ((values[counts[k] - 1] + values[counts[k]]) / 2).item()
         active &= ~(confidence >= thresholds[k])
-    return ExitPolicy(thresholds, policy.confidence, policy.temperatures)
+    return policy.with_thresholds(thresholds)
 
 
 def near_threshold(policy: ExitPolicy, logits: torch.Tensor) -> torch.Tensor:
     """Bool (N,): images whose exit rounding may choose, given all exits' logits (E, N, C)."""
-    early = policy.answering[:-1]
+    early, logits = policy.answering[:-1], policy.predicted(logits)
     near = torch.zeros(logits.shape[1], dtype=torch.bool)
     for k in early:
         if policy.confidence == PATIENCE:

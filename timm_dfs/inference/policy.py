@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 
 from .confidence import PATIENCE, confidence_function
+from .decision import Decision
+from .ensemble import check_ensemble, ensemble_logits
 
 
 class ExitPolicy:
@@ -25,10 +27,14 @@ class ExitPolicy:
         confidence: A key of :data:`CONFIDENCES`, or ``"patience"``.
         temperatures: One per exit, by which its logits are divided before their softmax (Guo et al., ICML 2017);
             by default 1. Predictions do not depend on them, so patience takes none.
+        ensemble: Combines an exit's logits with those of the active exits before it, before temperature and
+            confidence: ``"mean"``, or for exit k the k + 1 weights of exits 0 … k, e.g. from
+            :func:`timm_dfs.fit_ensemble`. They are scaled to sum 1; exits that are switched off contribute nothing, and
+            their weights are shared out. By default each exit predicts alone.
 
     Raises:
-        ValueError: If there is no threshold, one is not a number, the confidence is unknown, or temperatures are not
-            as many finite numbers above 0.
+        ValueError: If there is no threshold, one is not a number, the confidence is unknown, temperatures are not
+            as many finite numbers above 0, or the ensemble is not one of those above.
 
     Example:
         >>> import torch
@@ -46,6 +52,7 @@ class ExitPolicy:
         thresholds: Sequence[float | None] | torch.Tensor,
         confidence: str = "max_prob",
         temperatures: Sequence[float] | torch.Tensor | None = None,
+        ensemble: str | Sequence[Sequence[float]] | None = None,
     ):
         values = _as_numbers("thresholds", thresholds, "one per exit, None for never")
         self.thresholds = tuple(float("inf") if value is None else float(value) for value in values)
@@ -54,9 +61,11 @@ class ExitPolicy:
         if any(value != value for value in self.thresholds):
             raise ValueError(f"thresholds is {self.thresholds}; NaN is no threshold, give None to switch an exit off.")
         self.confidence = confidence
-        self._confidence = _no_confidence if confidence == PATIENCE else confidence_function(confidence)
+        if confidence != PATIENCE:
+            confidence_function(confidence)  # raises an error if there is none of that name
         self._warn_of_unreachable()
         self.temperatures = None if temperatures is None else self._check_temperatures(temperatures)
+        self.ensemble = check_ensemble(ensemble, len(self.thresholds))
 
     @property
     def _highest(self) -> int:
@@ -91,14 +100,23 @@ class ExitPolicy:
 
     @classmethod
     def from_preset(cls, preset: dict) -> "ExitPolicy":
-        """The policy of a preset, from its ``thresholds`` and, if given, ``confidence`` and ``temperatures``.
+        """The policy of a preset: ``thresholds`` and, if given, ``confidence``, ``temperatures`` and ``ensemble``.
 
         Raises:
             ValueError: If ``preset`` is not a dict with thresholds, or they make no policy.
         """
         if not isinstance(preset, dict) or "thresholds" not in preset:
             raise ValueError(f"The preset is {preset!r}; give a dict with the key 'thresholds'.")
-        return cls(preset["thresholds"], preset.get("confidence", "max_prob"), preset.get("temperatures"))
+        return cls(
+            preset["thresholds"],
+            preset.get("confidence", "max_prob"),
+            preset.get("temperatures"),
+            preset.get("ensemble"),
+        )
+
+    def with_thresholds(self, thresholds: Sequence[float | None]) -> "ExitPolicy":
+        """The same policy with other thresholds."""
+        return ExitPolicy(thresholds, self.confidence, self.temperatures, self.ensemble)
 
     def check_exits(self, num_exits: int) -> None:
         """Raise ``ValueError`` unless there is one threshold for each of ``num_exits`` exits."""
@@ -113,38 +131,32 @@ class ExitPolicy:
         last = len(self.thresholds) - 1
         return tuple(k for k, threshold in enumerate(self.thresholds) if threshold <= self._highest or k == last)
 
-    def begin(self) -> "ExitPolicy | Patience":
-        """The decision for one batch: an object whose ``leaves`` is called at each active exit, shallow to deep."""
-        return Patience(self) if self.confidence == PATIENCE else self
+    def begin(self) -> Decision:
+        """The decisions for one batch, which is at its first exit."""
+        return Decision(self)
 
     def leaves(self, exit_index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples that leave at exit ``exit_index``, given its logits (B, C).
-
-        Returns:
-            Two bool tensors (B,): which samples leave, and which have no confidence because their logits hold NaN
-            (or an infinity that makes the softmax NaN). The latter leave at the last exit only.
+        """Samples that leave at exit ``exit_index``, given its logits (B, C) alone; see :meth:`Decision.leaves`.
 
         Raises:
-            ValueError: If the confidence is patience, which depends on earlier exits; use what :meth:`begin` returns.
+            ValueError: If the decision depends on earlier exits, as it does with patience and with an ensemble; use
+                what :meth:`begin` returns.
         """
-        if self.temperatures is not None:
-            logits = logits / self.temperatures[exit_index]
-        return self.decide(exit_index, self._confidence(logits))
+        if self.confidence == PATIENCE or self.ensemble is not None:
+            kind = "Patience" if self.confidence == PATIENCE else "An ensemble"
+            raise ValueError(f"{kind} depends on earlier exits; use what the policy's begin() returns.")
+        return self.begin().leaves(exit_index, logits)
 
-    def decide(self, exit_index: int, confidence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`leaves`, given the confidences (B,)."""
-        if exit_index == len(self.thresholds) - 1:
-            return torch.ones_like(confidence, dtype=torch.bool), confidence.isnan()
-        return confidence >= self.thresholds[exit_index], confidence.isnan()
-
-    def go_on(self, rows: torch.Tensor) -> None:
-        """Note that only these rows of the batch (int64 indices) go on to the next exit."""
+    def predicted(self, logits: torch.Tensor) -> torch.Tensor:
+        """The policy's logits (E, N, C) at all exits, given the exits' own: others only if there is an ensemble."""
+        self.check_exits(logits.shape[0])
+        return logits if self.ensemble is None else ensemble_logits(logits, self.ensemble, self.answering)
 
     def exit_index(self, logits: torch.Tensor) -> torch.Tensor:
-        """Exit at which each sample leaves, given the logits (E, N, C) of all exits: int64 (N,)."""
+        """Exit at which each sample leaves, given the exits' own logits (E, N, C): int64 (N,)."""
         self.check_exits(logits.shape[0])
         answering, decision = self.answering, self.begin()
-        masks = [decision.leaves(k, logits[k]) for k in answering]
+        masks = [decision.leaves(k, decision.predicted(k, logits[k])) for k in answering]
         broken = torch.stack([nan for _, nan in masks]).cumsum(0) > 0
         leaves = torch.stack([leaving for leaving, _ in masks]) & ~broken
         leaves[-1] = True
@@ -152,36 +164,8 @@ class ExitPolicy:
 
     def __repr__(self) -> str:
         temperatures = "" if self.temperatures is None else f", temperatures={list(self.temperatures)}"
-        return f"ExitPolicy({list(self.thresholds)}, confidence={self.confidence!r}{temperatures})"
-
-
-class Patience:
-    """State of a patience policy for one batch: each sample's last predicted class, and how often in a row it came."""
-
-    def __init__(self, policy: ExitPolicy):
-        self._policy = policy
-        self._predicted: torch.Tensor | None = None
-        self._agreed: torch.Tensor | None = None
-
-    def leaves(self, exit_index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`ExitPolicy.leaves`, called at the active exits in their order."""
-        largest, predicted = logits.max(-1)
-        if self._predicted is None or self._agreed is None:
-            self._agreed = torch.zeros_like(largest, dtype=torch.float32)
-        else:
-            self._agreed = (self._agreed + 1) * (predicted == self._predicted)
-        self._predicted = predicted
-        # A softmax is NaN where, and only where, the largest logit is not finite.
-        return self._policy.decide(exit_index, self._agreed.masked_fill(~largest.isfinite(), math.nan))
-
-    def go_on(self, rows: torch.Tensor) -> None:
-        """As :meth:`ExitPolicy.go_on`."""
-        if self._predicted is not None and self._agreed is not None:
-            self._predicted, self._agreed = self._predicted[rows], self._agreed[rows]
-
-
-def _no_confidence(logits: torch.Tensor) -> torch.Tensor:
-    raise ValueError("Patience depends on earlier exits; use what the policy's begin() returns.")
+        ensemble = "" if self.ensemble is None else f", ensemble={self.ensemble!r}"
+        return f"ExitPolicy({list(self.thresholds)}, confidence={self.confidence!r}{temperatures}{ensemble})"
 
 
 def _as_numbers(name: str, values: Sequence[float | None] | torch.Tensor, wanted: str) -> Sequence[float | None]:

@@ -14,7 +14,7 @@ class Prediction(NamedTuple):
     """Result of early-exit inference.
 
     Attributes:
-        logits: Logits (B, C) of the exit at which each sample left.
+        logits: Logits (B, C) of the exit at which each sample left, or of the policy's ensemble at it.
         exit_index: That exit (B,), int64, on the logits' device.
 
     Example:
@@ -84,6 +84,7 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
 
     def visit(k: int, logits: torch.Tensor) -> torch.Tensor | None:
         nonlocal rows
+        logits = decision.predicted(k, logits)
         leaving, nan = torch.stack(decision.leaves(k, logits)).tolist()  # one transfer from the device
         if any(nan):
             broken.update(row for row, is_nan in zip(rows, nan) if is_nan)

@@ -145,8 +145,8 @@ def find(model: MultiExitModel, test: Data, val: Data | None = None, dataset: st
 def _point(policy: ExitPolicy, preset: dict, test: Data, flops: list[int], published_flops: list[int]) -> Point:
     logits, targets = test
     exits = policy.exit_index(logits)
-    right = logits.argmax(-1) == targets
-    taken, last = right.gather(0, exits[None])[0], right[-1]
+    taken = (policy.predicted(logits).argmax(-1) == targets).gather(0, exits[None])[0]
+    last = logits[-1].argmax(-1) == targets
     return Point(
         policy=policy,
         measured=measure_policy(policy, test, flops),

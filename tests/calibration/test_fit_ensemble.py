@@ -1,0 +1,107 @@
+"""Weights with which exits predict together, and operating points of ensembles."""
+
+import pytest
+import torch
+
+from timm_dfs import (
+    ensemble_logits,
+    fit_ensemble,
+    fit_operating_point,
+    fit_presets,
+    fit_temperatures,
+    measure_policy,
+    operating_frontier,
+)
+from timm_dfs.calibration.ensemble import choose_ensemble
+from timm_dfs.calibration.operating_point import check_preset
+
+FLOPS = [10.0, 20.0, 40.0]
+
+
+def exits_with_own_noise(seed, samples=600, classes=10, noise=1.5):
+    """Logits of three exits that err independently: together they know more than each alone."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (samples,), generator=generator)
+    logits = torch.randn(3, samples, classes, generator=generator) * noise
+    return logits + 3 * torch.nn.functional.one_hot(targets, classes), targets
+
+
+def cross_entropy(logits, targets):
+    temperatures = fit_temperatures(logits, targets)
+    return [torch.nn.functional.cross_entropy(row / t, targets).item() for row, t in zip(logits, temperatures)]
+
+
+def test_fitted_weights_are_no_worse_than_the_mean_where_they_were_fitted():
+    logits, targets = exits_with_own_noise(0)
+    logits[0] *= 0.3  # a hesitant exit
+    fitted, mean = (ensemble_logits(logits, e) for e in (fit_ensemble(logits, targets), "mean"))
+    for ours, theirs in zip(cross_entropy(fitted, targets), cross_entropy(mean, targets), strict=True):
+        assert ours <= theirs + 1e-3
+
+
+def test_an_exit_that_knows_nothing_gets_no_weight():
+    logits, targets = exits_with_own_noise(0)
+    logits[0] = torch.randn(logits[0].shape, generator=torch.Generator().manual_seed(3))
+    weights = fit_ensemble(logits, targets)
+    assert weights[2][0] < 0.1
+    assert [sum(row) for row in weights] == pytest.approx([1, 1, 1])
+    assert weights == fit_ensemble(logits, targets)
+
+
+def test_exits_that_are_left_out_have_no_weight():
+    weights = fit_ensemble(*exits_with_own_noise(0), exits=[1, 2])
+    assert weights[2][0] == 0
+    assert weights[0] == (1.0,)
+
+
+def test_exits_that_err_independently_predict_together():
+    assert choose_ensemble(exits_with_own_noise(0)) is not None
+
+
+def test_exits_that_always_agree_predict_alone():
+    logits, targets = exits_with_own_noise(0)
+    assert choose_ensemble((logits[:1].repeat(3, 1, 1), targets)) is None
+
+
+def test_an_ensemble_is_more_accurate_within_every_budget():
+    val, test = exits_with_own_noise(0), exits_with_own_noise(1)
+    for budget in (15.0, 25.0, 40.0):
+        alone, together = (fit_operating_point(val, FLOPS, budget=budget, ensemble=e) for e in (None, "mean"))
+        assert together.average_flops <= budget
+        assert measure_policy(together, test, FLOPS).accuracy > measure_policy(alone, test, FLOPS).accuracy
+
+
+def test_a_point_s_accuracy_is_that_of_its_policy_on_the_samples_fitted_on():
+    val = exits_with_own_noise(0)
+    point = fit_operating_point(val, FLOPS, max_accuracy_drop=0, ensemble="mean")
+    exits = point.policy.exit_index(val[0])
+    predicted = point.policy.predicted(val[0])[exits, torch.arange(len(exits))].argmax(-1)
+    assert point.accuracy == pytest.approx(100 * (predicted == val[1]).double().mean().item())
+    assert point.accuracy >= 100 * (val[0][-1].argmax(-1) == val[1]).double().mean().item()
+
+
+def test_no_exit_of_an_ensemble_is_switched_off_in_the_search():
+    logits, targets = exits_with_own_noise(0)
+    logits[0] *= 0.01  # no sample should leave here
+    point = fit_operating_point((logits, targets), FLOPS, budget=40, ensemble="mean")
+    assert point.policy.answering == (0, 1, 2)
+    surest = 100 * logits  # many confidences are exactly 1 in float32
+    assert fit_operating_point((surest, targets), FLOPS, budget=40, ensemble="mean").policy.answering == (0, 1, 2)
+
+
+def test_the_frontier_of_an_ensemble_begins_with_the_last_exit_alone():
+    first, *rest = operating_frontier(exits_with_own_noise(0), FLOPS, ensemble="mean", points=5)
+    assert first.policy.answering == (2,)
+    assert all(point.policy.answering == (0, 1, 2) for point in rest)
+
+
+@pytest.mark.parametrize("confidence", ["max_prob", "margin", "entropy", "patience"])
+def test_presets_of_an_ensemble_keep_to_the_drop_below_the_last_exit_alone(confidence):
+    val, held_out = exits_with_own_noise(0), exits_with_own_noise(1)
+    points = fit_presets(
+        val, FLOPS, max_accuracy_drops=[10], held_out=held_out, confidence=confidence, ensemble=fit_ensemble(*val)
+    )
+    alone = 100 * (val[0][-1].argmax(-1) == val[1]).double().mean().item()
+    assert points["accurate"].accuracy >= alone
+    for point in points.values():
+        check_preset(point.preset(), 3)

@@ -1,0 +1,103 @@
+"""Weights with which exits predict together."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..inference.ensemble import MEAN, Weights, check_ensemble, ensemble_logits
+from .logits import check_data
+from .operating_point import Data
+
+DIGITS = 3
+"""Decimals of fitted weights; more change no figure."""
+
+STEPS = 50
+"""Steps of L-BFGS for each exit."""
+
+
+def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Collection[int] | None = None) -> Weights:
+    """Fit to each exit the weights of the exits up to it, with least cross-entropy (Zero Time Waste, section 3.2).
+
+    A scale is fitted with them and dropped: :func:`timm_dfs.fit_temperatures` finds it again.
+
+    Args:
+        val_logits: Validation logits (E, N, C).
+        val_targets: Validation targets (N,).
+        exits: The active exits, by default all; weights of others are 0, except for themselves.
+
+    Returns:
+        For exit k weights of exits 0 … k, of sum 1, for the argument ``ensemble`` of :class:`timm_dfs.ExitPolicy`.
+
+    Raises:
+        ValueError: If shapes disagree, logits are not finite, or targets are not classes.
+
+    Example:
+        >>> import torch, timm_dfs
+        >>> targets = torch.arange(60) % 3
+        >>> good = 3.0 * torch.nn.functional.one_hot(targets, 3)
+        >>> logits = torch.stack([-good, good])  # 2 exits; the first is always wrong
+        >>> timm_dfs.fit_ensemble(logits, targets)[1][1] > 0.9
+        True
+    """
+    check_data("val", (val_logits, val_targets))
+    active = set(range(len(val_logits)) if exits is None else exits)
+    rows = []
+    for k in range(len(val_logits)):
+        used = [j for j in range(k) if j in active and k in active] + [k]
+        weights = _fit(val_logits[used].float(), val_targets) if len(used) > 1 else [1.0]
+        row = [0.0] * (k + 1)
+        for j, weight in zip(used, weights, strict=True):
+            row[j] = round(weight, DIGITS)
+        row[k] = max(row[k], 10**-DIGITS)
+        rows.append(row)
+    return check_ensemble(rows, len(rows))  # type: ignore[return-value]
+
+
+def _fit(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    """Weights (J,) of sum 1 of exits' logits (J, N, C)."""
+    logarithms = torch.full((len(logits),), 1 / len(logits)).log().requires_grad_()
+    optimizer = torch.optim.LBFGS([logarithms], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(torch.einsum("j,jnc->nc", logarithms.exp(), logits), targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return logarithms.detach().softmax(0).tolist()
+
+
+def choose_ensemble(val: Data, exits: Sequence[int] | None = None) -> str | Weights | None:
+    """Choose between exits that predict alone, their mean, and fitted weights, on samples held out of the fit.
+
+    Weights are fitted to one half of the samples; the choice that is most accurate on the other half, on average over
+    exits, is then fitted to all. Of equally accurate choices the simpler is taken.
+
+    Args:
+        val: Validation logits (E, N, C) and targets (N,), at least two samples.
+        exits: The active exits, by default all.
+
+    Returns:
+        ``None``, ``"mean"`` or weights.
+    """
+    check_data("val", val)
+    (logits, targets), (others, expected) = halves(val)
+    candidates: list[str | Weights] = [MEAN, fit_ensemble(logits, targets, exits)]
+    accuracies = [_accuracy(others, expected)]
+    accuracies += [_accuracy(ensemble_logits(others, ensemble, exits), expected) for ensemble in candidates]
+    best = max(range(3), key=accuracies.__getitem__)  # the first of equal ones
+    return (None, MEAN, None)[best] if best < 2 else fit_ensemble(*val, exits)
+
+
+def halves(data: Data) -> tuple[Data, Data]:
+    """Split samples into two random halves, the same ones at every call."""
+    logits, targets = data
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    first, second = order[: len(order) // 2], order[len(order) // 2 :]
+    return (logits[:, first], targets[first]), (logits[:, second], targets[second])
+
+
+def _accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    return (logits.argmax(-1) == targets).double().mean().item()

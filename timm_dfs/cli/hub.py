@@ -12,7 +12,7 @@ from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import collect_logits
 from ..hub.card import write_card
 from ..hub.folder import RESULTS_FILE
-from ..hub.from_checkpoint import base_model, export, trained_model, training_facts
+from ..hub.from_checkpoint import base_model, data_name, export, trained_model, training_facts
 from ..hub.publish import FILES, check_folder, publish
 from ..pretrained.packaged import packaged_folder
 from ..training.run import read_run
@@ -93,7 +93,7 @@ def export_checkpoint(
         return collect_logits(model, tracked(loader, f"{run.model} on {split}"))
 
     facts = dict(
-        dataset=(where["dataset"] or str(where["root"])).removeprefix("hfds/"),
+        dataset=data_name(where["dataset"], where["root"]),
         training=training_facts(run, checkpoint),
         **base_model(run, checkpoint),
     )

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from ..base.model import MultiExitModel
+from ..base.objective import SETTINGS
 from ..calibration.budgeted_batch import budgeted_batch
 from ..calibration.operating_point import OperatingPoint, measure_policy
 from ..calibration.presets import NAMED, fit_presets
@@ -134,9 +135,17 @@ def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, 
 def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
     """Facts about a run, from its checkpoint and from ``train.py``'s ``args.yaml`` beside it, if that exists."""
     facts: dict[str, Any] = dict(epochs=run.epoch + 1)
-    arguments = checkpoint.with_name("args.yaml")
+    arguments, recorded = checkpoint.with_name("args.yaml"), _recorded(run, checkpoint)
+    settings = recorded.get("model_kwargs") or {}
+    facts["objective"] = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
+    if start := _start(run.model, recorded):
+        facts["started_from"] = start
+    splits = dict(training=recorded.get("train_split"), validation=recorded.get("val_split"))
+    facts["splits"] = {use: split for use, split in splits.items() if split}
+    dataset, root = recorded.get("dataset") or "", recorded.get("data_dir") or recorded.get("data")
+    if dataset or root:
+        facts["dataset"] = data_name(dataset, root)
     if arguments.is_file():
-        recorded = yaml.safe_load(arguments.read_text())
         if not recorded.get("resume"):  # a resumed run has rewritten the file, whose time is not that of its start
             facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
         facts.update((key, recorded[key]) for key in ("seed", "batch_size") if recorded.get(key) is not None)
@@ -150,12 +159,30 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
 
 def base_model(run: TrainingRun, checkpoint: Path) -> dict[str, str]:
     """The entry ``base_model``: the Hub's name of the weights that a twin's training started from, if it is known."""
-    base, arguments = run.model.removeprefix(PREFIX), checkpoint.with_name("args.yaml")
-    if (
-        base.partition(".")[0] not in BASES
-        or not arguments.is_file()
-        or not yaml.safe_load(arguments.read_text()).get("pretrained")
-    ):
+    base, recorded = run.model.removeprefix(PREFIX), _recorded(run, checkpoint)
+    own_weights = recorded.get("initial_checkpoint") or recorded.get("pretrained_path")
+    if base.partition(".")[0] not in BASES or not recorded.get("pretrained") or own_weights:
         return {}
     cfg = timm.get_pretrained_cfg(base)
     return dict(base_model=cfg.hf_hub_id) if cfg is not None and cfg.hf_hub_id else {}
+
+
+def data_name(dataset: str, root: str | None) -> str:
+    """A data set's name for a card: its id on the Hub, or the last part of a path on this machine."""
+    name = (dataset or str(root)).removeprefix("hfds/")
+    return Path(name).name if not dataset or Path(name).is_absolute() else name
+
+
+def _recorded(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
+    """Arguments of a run: those in the checkpoint, and from the ``args.yaml`` beside it those that it lacks."""
+    file = checkpoint.with_name("args.yaml")
+    return {**(yaml.safe_load(file.read_text()) if file.is_file() else {}), **run.arguments}
+
+
+def _start(model: str, recorded: dict[str, Any]) -> str | None:
+    """Weights that training started from, in words; ``None`` for random ones."""
+    if recorded.get("initial_checkpoint"):  # train.py loads it last
+        return f"the file `{Path(recorded['initial_checkpoint']).name}`"
+    if recorded.get("pretrained") and recorded.get("pretrained_path"):
+        return f"the file `{Path(recorded['pretrained_path']).name}`"
+    return f"the pretrained weights of `{model}`" if recorded.get("pretrained") else None

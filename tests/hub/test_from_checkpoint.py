@@ -125,6 +125,29 @@ def test_training_facts_name_the_weights_that_training_started_from(arguments, w
     assert bool(export.base_model(started, tmp_path / "last.pth.tar")) == from_timm
 
 
+def test_an_export_takes_the_budgets_drops_level_and_confidence_of_calibrate(checkpoint, tmp_path):
+    options = ("--budget", 0.9, "--max-accuracy-drop", 90, "--confidence-level", 0.9, "--by", "entropy", "--workers", 0)
+    done = run("export-hub", checkpoint, "--output", tmp_path / "mine", *options)
+    assert done.exit_code == 0, done.output
+    presets = check_folder(tmp_path / "mine").presets
+    assert len(presets) == 5 and "drop-90" in presets and any(name.endswith("M") for name in presets)
+    assert {preset["confidence"] for preset in presets.values()} == {"entropy"}
+    assert all("risk" in preset for preset in presets.values())
+    refused = run("export-hub", checkpoint, "--output", tmp_path / "other", "--by", "mood", "--workers", 0)
+    assert refused.exit_code == 2 and "mood" in refused.stderr and not (tmp_path / "other").exists()
+
+
+def test_calibrate_and_export_choose_the_same_confidence(checkpoint, tmp_path):
+    assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
+    exported = check_folder(tmp_path / "mine").presets
+    done = run("calibrate", checkpoint, "--output", tmp_path / "other", "--workers", 0)
+    assert done.exit_code == 0, done.output
+    calibrated = hub.load(f"local-dir:{tmp_path / 'other'}").presets
+    assert {p["confidence"] for p in exported.values()} == {p["confidence"] for p in calibrated.values()}
+    refused = run("publish", tmp_path / "other", "--repo", "me/other", "--dry-run")
+    assert refused.exit_code == 2 and "first run 'timm-dfs export-hub" in " ".join(refused.stderr.split())
+
+
 def test_exporting_again_replaces_the_folder_by_the_same(checkpoint, tmp_path):
     for _ in range(2):
         assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0

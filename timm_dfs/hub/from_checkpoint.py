@@ -5,7 +5,7 @@ the exported file, in half precision.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..base.model import MultiExitModel
 from ..base.objective import SETTINGS
 from ..calibration.budgeted_batch import budgeted_batch
 from ..calibration.operating_point import OperatingPoint, measure_policy
-from ..calibration.presets import NAMED, fit_presets
+from ..calibration.presets import NAMED, fit_presets, halves
 from ..data.datasets import follow_run
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
 from ..evaluation.flops import Costs
@@ -61,6 +61,10 @@ def export(
     test: str,
     facts: dict[str, Any],
     tag: str | None = None,
+    by: str | None = None,
+    budgets: Sequence[float] = (),
+    max_accuracy_drops: Sequence[float] = (),
+    confidence_level: float | None = None,
 ) -> None:
     """Write the complete folder of a trained network. An existing folder is kept until the new one is complete.
 
@@ -72,6 +76,11 @@ def export(
         test: The split that is measured on.
         facts: Further entries for the results: ``dataset``, ``training``, ``base_model``.
         tag: Pretrained tag, where an architecture has several trained weights.
+        by: Confidence of the operating points, see :func:`operating_points`.
+        budgets: Mean multiply-adds of further presets.
+        max_accuracy_drops: Drops in accuracy, percentage points, of further presets.
+        confidence_level: Probability of a bound on each preset's drop, from half of the held-out samples; ``None`` for
+            presets without bounds, fitted on all of them.
     """
     model.pretrained_cfg["tag"] = tag
     new = folder.with_name(folder.name + ".new")
@@ -82,7 +91,18 @@ def export(
     costs = Costs(model)
     lazy = costs.of_exits(lazy=True)
     val, tested = collect(shipped, held_out), collect(shipped, test)
-    points = operating_points(val, lazy, dataset=facts["dataset"], split=held_out)
+    fitted_on, bounded_on = (val, None) if confidence_level is None else halves(val)
+    points = operating_points(
+        fitted_on,
+        lazy,
+        by,
+        budgets=budgets,
+        max_accuracy_drops=max_accuracy_drops,
+        held_out=bounded_on,
+        confidence_level=confidence_level or 0.95,
+        dataset=facts["dataset"],
+        split=held_out,
+    )
     model.presets = {name: point.preset() for name, point in points.items()}
     hub.write_weights(model, new)
     curve = budgeted_batch(val, tested, lazy)
@@ -120,10 +140,17 @@ def accuracy(split: Split) -> dict[str, Any]:
     )
 
 
-def operating_points(val: Split, flops: list[int], dataset: str, split: str) -> dict[str, OperatingPoint]:
-    """The named operating points, by the confidence for which the sum of their costs on the held-out split is least."""
-    found = [fit_presets(val, flops, confidence=name, dataset=dataset, split=split) for name in CONFIDENCES]
-    return min(found, key=lambda points: sum(point.average_flops for point in points.values()))
+def operating_points(val: Split, flops: list[int], by: str | None = None, **options: Any) -> dict[str, OperatingPoint]:
+    """Operating points by a confidence; by default by that for which the sum of the named points' costs is least.
+
+    Args:
+        val: Held-out logits (E, N, C) and targets (N,).
+        flops: Multiply-adds up to and including each exit (E,).
+        by: The confidence; ``None`` to choose among :data:`CONFIDENCES`.
+        **options: Further arguments of :func:`timm_dfs.fit_presets`.
+    """
+    found = [fit_presets(val, flops, confidence=name, **options) for name in ([by] if by else CONFIDENCES)]
+    return min(found, key=lambda points: sum(points[name].average_flops for name in NAMED))
 
 
 def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def test_an_export_takes_the_budgets_drops_level_and_confidence_of_calibrate(che
     assert len(presets) == 5 and "drop-90" in presets and any(name.endswith("M") for name in presets)
     assert {preset["confidence"] for preset in presets.values()} == {"entropy"}
     assert all("risk" in preset for preset in presets.values())
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "fitted on 6 held-out images" in card and "bounded on 6 further images" in card
     refused = run("export-hub", checkpoint, "--output", tmp_path / "other", "--by", "mood", "--workers", 0)
     assert refused.exit_code == 2 and "mood" in refused.stderr and not (tmp_path / "other").exists()
 

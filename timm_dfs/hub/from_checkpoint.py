@@ -92,6 +92,7 @@ def export(
     lazy = costs.of_exits(lazy=True)
     val, tested = collect(shipped, held_out), collect(shipped, test)
     fitted_on, bounded_on = (val, None) if confidence_level is None else halves(val)
+    halved = {} if bounded_on is None else dict(fitted_on=len(fitted_on[1]), bounded_on=len(bounded_on[1]))
     points = operating_points(
         fitted_on,
         lazy,
@@ -113,7 +114,7 @@ def export(
         last_exit_flops=costs.of_last_exit_alone(),
         golden_logits=hub.golden_logits(shipped),
         largest_losses=NAMED,
-        held_out=dict(split=held_out, **accuracy(val)),
+        held_out=dict(split=held_out, **accuracy(val), **halved),
         test=dict(
             split=test,
             **accuracy(tested),

@@ -1,6 +1,7 @@
 """Data sets give the split, the classes and the preparation that were asked for, or say what there is."""
 
 import argparse
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ from helpers import tiny_vgg
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from timm_dfs.data.datasets import class_indices, class_names, dataset_loader, follow_run, open_dataset
+from timm_dfs.data.datasets import (
+    class_indices,
+    class_names,
+    dataset_loader,
+    follow_run,
+    open_dataset,
+    training_classes,
+)
 from timm_dfs.data.images import labels_of
 from timm_dfs.training.run import TrainingRun
 
@@ -194,3 +202,25 @@ def test_drawn_samples_are_the_same_each_time_and_of_the_slice(folder):
 
 def test_a_namespace_of_unknown_flags_is_no_error(folder):
     follow_run(tiny_vgg(), TrainingRun("dfs_vgg7_cifar100", arguments=vars(argparse.Namespace(data_dir=folder))))
+
+
+def test_classes_of_a_training_split_that_is_not_here_are_none_without_a_warning(tmp_path):
+    validation_only = write_folder(tmp_path / "images", ["validation"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert training_classes(dict(data_dir=str(tmp_path / "gone"))) is None
+        assert training_classes(dict(data_dir=validation_only)) is None
+        assert training_classes(dict(dataset="torch/cifar10", data_dir=str(tmp_path / "gone"))) is None
+        assert training_classes(dict(dataset=f"hfds/{tmp_path / 'gone'}")) is None
+
+
+def test_a_training_split_that_is_here_and_cannot_be_read_causes_a_warning_with_the_cause(folder, tmp_path):
+    missing = str(tmp_path / "names.txt")
+    with pytest.warns(UserWarning, match=r"Cannot read the names of the classes from split 'train' .*names\.txt"):
+        assert training_classes(dict(data_dir=folder, class_map=missing)) is None
+    empty = tmp_path / "empty"
+    (empty / "train" / "ant").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="RuntimeError: Found 0 images"):
+        assert training_classes(dict(data_dir=str(empty))) is None
+    with pytest.warns(UserWarning, match="AssertionError"):
+        assert training_classes(dict(dataset="torch/no_such_kind", data_dir=folder)) is None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from timm_dfs.calibration.presets import NAMED, fit_presets
 from timm_dfs.cli import app
+from timm_dfs.hub import folder as hub
 from timm_dfs.hub import from_checkpoint as export
 from timm_dfs.hub.publish import check_folder
 from timm_dfs.inference.confidence import CONFIDENCES
@@ -75,6 +77,79 @@ def test_a_checkpoint_becomes_a_folder_that_can_be_published(checkpoint, tmp_pat
     assert run("publish", tmp_path / "mine", "--repo", "me/mine", "--dry-run").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(beta="joint"), "trained jointly (no partition)"),
+        (dict(beta=0.25), "trained with Deep Feature Surgery (beta 0.25, referencing two_sided)"),
+        (dict(beta=0.25, train_backbone=False), "whose heads alone were trained, on a frozen backbone"),
+        (dict(beta="joint", train_backbone=False), "whose heads alone were trained, on a frozen backbone"),
+    ],
+)
+def test_the_card_of_a_users_run_says_what_the_run_was(settings, words, checkpoint, tmp_path, monkeypatch):
+    record = torch.load(checkpoint, weights_only=False)
+    record["args"].model_kwargs = dict(depths=(1, 2), widths=(6, 8), **settings)
+    record["args"].train_split, record["args"].initial_checkpoint = "train", "elsewhere/backbone.pth"
+    record["epoch"] = 0
+    torch.save(record, tmp_path / "last.pth.tar")
+    done = run("export-hub", tmp_path / "last.pth.tar", "--output", tmp_path / "mine", "--workers", 0)
+    assert done.exit_code == 0, done.output
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert f"A network with 3 exits, {words}." in card and "Trained for 1 epoch with" in card
+    assert card.count("Deep Feature Surgery (") == words.count("Deep Feature Surgery (")
+    assert "started from the file `backbone.pth`" in card
+    assert "training split `train`, validation split `validation`" in card
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert "license" not in metadata and "datasets" not in metadata and "No licence is recorded" in card
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    names = dict(image=Image.new("RGB", (32, 32)))
+    exec(snippet, names)
+    expected = hub.load(f"local-dir:{tmp_path / 'mine'}").state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in names["model"].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(pretrained=True), "the pretrained weights of `dfs_resnet18`"),
+        (dict(pretrained=True, pretrained_path="there/mine.pth"), "the file `mine.pth`"),
+        (dict(pretrained=True, initial_checkpoint="there/mine.pth"), "the file `mine.pth`"),
+        (dict(pretrained=False), None),
+    ],
+)
+def test_training_facts_name_the_weights_that_training_started_from(arguments, words, tmp_path):
+    started = TrainingRun("dfs_resnet18", arguments=arguments)
+    assert export.training_facts(started, tmp_path / "last.pth.tar").get("started_from") == words
+    from_timm = words is not None and "pretrained weights" in words
+    assert bool(export.base_model(started, tmp_path / "last.pth.tar")) == from_timm
+
+
+def test_an_export_takes_the_budgets_drops_level_and_confidence_of_calibrate(checkpoint, tmp_path):
+    options = ("--budget", 0.9, "--max-accuracy-drop", 90, "--confidence-level", 0.9, "--by", "entropy", "--workers", 0)
+    done = run("export-hub", checkpoint, "--output", tmp_path / "mine", *options)
+    assert done.exit_code == 0, done.output
+    presets = check_folder(tmp_path / "mine").presets
+    assert len(presets) == 5 and "drop-90" in presets and any(name.endswith("M") for name in presets)
+    assert {preset["confidence"] for preset in presets.values()} == {"entropy"}
+    assert all("risk" in preset for preset in presets.values())
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "fitted on 6 held-out images" in card and "bounded on 6 further images" in card
+    refused = run("export-hub", checkpoint, "--output", tmp_path / "other", "--by", "mood", "--workers", 0)
+    assert refused.exit_code == 2 and "mood" in refused.stderr and not (tmp_path / "other").exists()
+
+
+def test_calibrate_and_export_choose_the_same_confidence(checkpoint, tmp_path):
+    assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
+    exported = check_folder(tmp_path / "mine").presets
+    done = run("calibrate", checkpoint, "--output", tmp_path / "other", "--workers", 0)
+    assert done.exit_code == 0, done.output
+    calibrated = hub.load(f"local-dir:{tmp_path / 'other'}").presets
+    assert {p["confidence"] for p in exported.values()} == {p["confidence"] for p in calibrated.values()}
+    refused = run("publish", tmp_path / "other", "--repo", "me/other", "--dry-run")
+    assert refused.exit_code == 2 and "first run 'timm-dfs export-hub" in " ".join(refused.stderr.split())
+
+
 def test_exporting_again_replaces_the_folder_by_the_same(checkpoint, tmp_path):
     for _ in range(2):
         assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
@@ -100,7 +175,7 @@ def test_the_presets_results_are_what_the_shipped_network_does(checkpoint, tmp_p
     point = results["test"]["presets"]["balanced"]
     assert results["flops_lazy"][0] <= point["average_flops"] <= results["flops_lazy"][-1]
     assert sum(point["exit_shares"]) == pytest.approx(1) and results["test"]["samples"] == 12
-    assert results["dataset"] == str(data)
+    assert results["dataset"] == data.name  # no path of this machine
 
 
 @pytest.mark.parametrize(

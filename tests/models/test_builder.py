@@ -133,6 +133,54 @@ def test_an_official_checkpoint_gets_other_classes_at_every_exit(name, tmp_path)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() - fresh)
 
 
+def named_as_by_kalviny(model):
+    """The state dict of an MSDNet for CIFAR with the keys that kalviny/MSDNet-PyTorch gives to the same tensors."""
+    positions, block, position = [], 0, 1  # of each layer, in the first block behind the stem
+    for layer, scales in enumerate(model.scales_after[1:]):
+        positions.append((block, position, scales))
+        position += 1 + (scales < model.scales_after[layer])  # a transition follows
+        if layer + 1 == model.exit_layers[block]:
+            block, position = block + 1, 0
+    part = dict(conv=0, bn=1)
+    named = {}
+    for key, value in model.state_dict().items():
+        kind, *path = key.split(".")
+        if kind == "stem":
+            scale, *_, of, name = path
+            named[f"blocks.0.0.layers.{scale}.net.{part[of]}.{name}"] = value
+        elif kind == "layers":
+            block, position, scales = positions[int(path[0])]
+            index = scales - 1 - int(path[1])
+            if path[2] == "transition":
+                named[f"blocks.{block}.{position + 1}.m.{index}.net.{part[path[3]]}.{path[4]}"] = value
+            else:
+                way = dict(down="conv_down", same="conv_normal")[path[2]]
+                place = 3 * int(path[3]) + part[path[4]]
+                named[f"blocks.{block}.{position}.layers.{index}.{way}.net.{place}.{path[5]}"] = value
+        elif path[1] == "body":
+            named[f"classifier.{path[0]}.m.{path[2]}.net.{part[path[3]]}.{path[4]}"] = value
+        else:
+            named[f"classifier.{path[0]}.linear.{path[2]}"] = value
+    return named
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_kalvinys_msdnet_gives_the_same_logits(prefix, tmp_path):
+    model = settled(tiny_msdnet())
+    named = {prefix + key: value for key, value in named_as_by_kalviny(model).items()}
+    assert len(named) == len(model.state_dict()) and f"{prefix}classifier.2.linear.bias" in named
+    checkpoint = dict(epoch=3, arch="msdnet", state_dict=named, best_prec1=71.3, optimizer={})
+    overlay = dict(state_dict=named, num_classes=5)
+    with torch.no_grad():
+        expected = torch.stack(model.forward_exits(images()))
+        for again in (
+            loaded(tiny_msdnet, saved(checkpoint, tmp_path / "checkpoint_003.pth.tar")),
+            loaded(tiny_msdnet, saved(named, tmp_path / "model.safetensors")),
+            tiny_msdnet(pretrained=True, pretrained_cfg_overlay=overlay),
+        ):
+            assert torch.equal(torch.stack(again.eval().forward_exits(images())), expected)
+
+
 @pytest.mark.parametrize("exits", [2, 9])
 def test_a_network_with_other_exits_than_published_gets_other_classes_too(exits, tmp_path):
     knobs = dict(exits=exits, base=3, step=1)

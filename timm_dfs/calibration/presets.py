@@ -1,12 +1,18 @@
 """Named operating points, fitted together."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
+from ..inference.confidence import CONFIDENCES, PATIENCE
+from ..inference.ensemble import ensemble_logits
+from .ensemble import choose_ensemble
 from .fit import Fitting
+from .logits import check_data
 from .operating_point import Data, OperatingPoint
 from .risk import bound_risk, control_risk
+from .temperature import fit_temperatures
 
 NAMED = {"accurate": 0.0, "balanced": 0.5, "fast": 2.0}
 """Presets of every model: the cheapest point whose drop in accuracy on validation data is at most so many points."""
@@ -72,3 +78,35 @@ def fit_presets(
     for drop in max_accuracy_drops:
         points[drop_name(drop)] = control_risk(frontier, held_out, drop, confidence_level)
     return points
+
+
+def operating_points(
+    val: Data, flops: Sequence[float], by: str | None = None, ensemble: bool = True, **options: Any
+) -> dict[str, OperatingPoint]:
+    """Fit presets with temperatures, and choose whether exits predict together and which confidence decides.
+
+    Args:
+        val: Held-out logits (E, N, C) and targets (N,).
+        flops: Multiply-adds up to and including each exit (E,).
+        by: The confidence; ``None`` for that of :data:`~timm_dfs.inference.confidence.CONFIDENCES` for which the sum of
+            the named points' costs is least.
+        ensemble: Let :func:`~timm_dfs.calibration.ensemble.choose_ensemble` choose; ``False``: exits predict alone.
+        **options: Further arguments of :func:`timm_dfs.fit_presets`.
+    """
+    check_data("val", val)
+    logits, targets = val
+    together = choose_ensemble(val) if ensemble and len(logits) > 1 and len(targets) > 1 else None
+    scored = logits if together is None else ensemble_logits(logits, together)
+    temperatures = fit_temperatures(scored, targets)
+    found = [
+        fit_presets(
+            val,
+            flops,
+            confidence=name,
+            temperatures=None if name == PATIENCE else temperatures,
+            ensemble=together,
+            **options,
+        )
+        for name in ([by] if by else CONFIDENCES)
+    ]
+    return min(found, key=lambda points: sum(points[name].average_flops for name in NAMED))

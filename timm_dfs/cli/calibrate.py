@@ -1,25 +1,20 @@
 """``timm-dfs calibrate``: operating points from held-out data, written beside the weights."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..calibration.ensemble import choose_ensemble, halves
-from ..calibration.fit import check_accuracy_drop, check_budget
-from ..calibration.presets import NAMED, fit_presets
-from ..calibration.risk import check_confidence_level
+from ..calibration.ensemble import halves
+from ..calibration.presets import NAMED, operating_points
 from ..calibration.seen import is_test
-from ..calibration.temperature import fit_temperatures
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, collect_logits
 from ..evaluation.flops import Costs
 from ..hub.folder import write_presets
-from ..inference.confidence import CONFIDENCES, PATIENCE
-from ..inference.ensemble import MEAN, ensemble_logits
-from ..inference.policy import ExitPolicy
+from ..inference.ensemble import MEAN
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
+from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 _NAMED = ", ".join(f"{name} {drop:g}" for name, drop in NAMED.items())
@@ -30,29 +25,11 @@ _NAMED = ", ".join(f"{name} {drop:g}" for name, drop in NAMED.items())
 def calibrate(
     model_name: ModelName,
     data: DataOptions,
-    budget: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="A further preset: largest mean multiply-adds; a value up to 1 is a share of the last exit alone."
-        ),
-    ] = None,
-    max_accuracy_drop: Annotated[
-        list[float] | None,
-        typer.Option(help="A further preset: largest drop in accuracy below the last exit, percentage points."),
-    ] = None,
-    confidence_level: Annotated[
-        float | None,
-        typer.Option(
-            help="E.g. 0.95: fit on half of the split, and on the other half bound the drop with this probability."
-        ),
-    ] = None,
-    by: Annotated[
-        str, typer.Option(help=f"Confidence that thresholds are compared with: {', '.join([*CONFIDENCES, PATIENCE])}.")
-    ] = "max_prob",
-    ensemble: Annotated[
-        bool,
-        typer.Option(help="Let exits predict together with those before them if that is better on held-out samples."),
-    ] = True,
+    budget: Budgets = None,
+    max_accuracy_drop: MaxAccuracyDrops = None,
+    confidence_level: ConfidenceLevel = None,
+    by: By = None,
+    ensemble: Together = True,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the model, whose config.json gets the presets, or a new folder.")
     ] = None,
@@ -77,23 +54,19 @@ def calibrate(
     flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
     budgets = [value * whole if value <= 1 else value for value in budget or ()]
     drops = max_accuracy_drop or ()
-    _check(flops, budgets, drops, confidence_level, by)
+    check_points(flops, budgets, drops, confidence_level, by)
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
     logits = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
     val, held_out = (logits, None) if confidence_level is None else halves(logits)
-    together = choose_ensemble(val) if ensemble and len(val[0]) > 1 else None
-    scored = val[0] if together is None else ensemble_logits(val[0], together)
-    temperatures = None if by == PATIENCE else fit_temperatures(scored, val[1])
-    points = fit_presets(
+    points = operating_points(
         val,
         flops,
+        by,
+        ensemble,
         budgets=budgets,
         max_accuracy_drops=drops,
         held_out=held_out,
         confidence_level=confidence_level or 0.95,
-        confidence=by,
-        temperatures=temperatures,
-        ensemble=together,
         dataset=where["dataset"].removeprefix("hfds/") or str(where["root"]),
         split=where["split"],
     )
@@ -127,6 +100,7 @@ def calibrate(
         f"The last exit has {last_exit:.2f} % and alone costs {millions(whole)} M (share 100 %). Largest drops "
         f"below it, in points: {_NAMED}. Accuracy on other samples is somewhat lower: thresholds were chosen on these."
     )
+    together = points["accurate"].policy.ensemble
     if together is not None:
         weights = "equal weights" if together == MEAN else "fitted weights"
         console.print(f"Exits predict together with those before them, with {weights}; the last exit alone does not.")
@@ -137,16 +111,3 @@ def calibrate(
         )
     if output is not None:
         console.print(f"Written to {output}")
-
-
-def _check(
-    flops: Sequence[float], budgets: Sequence[float], drops: Sequence[float], confidence_level: float | None, by: str
-) -> None:
-    """Check the options before logits are collected, which takes minutes."""
-    ExitPolicy([0.0], by)
-    for budget in budgets:
-        check_budget(budget, flops)
-    for drop in drops:
-        check_accuracy_drop(drop)
-    if confidence_level is not None:
-        check_confidence_level(confidence_level)

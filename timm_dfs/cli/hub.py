@@ -10,13 +10,15 @@ from ..base.model import MultiExitModel
 from ..calibration.seen import is_test
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import collect_logits
+from ..evaluation.flops import Costs
 from ..hub.card import write_card
 from ..hub.folder import RESULTS_FILE
-from ..hub.from_checkpoint import base_model, export, trained_model, training_facts
+from ..hub.from_checkpoint import base_model, data_name, export, trained_model, training_facts
 from ..hub.publish import FILES, check_folder, publish
 from ..pretrained.packaged import packaged_folder
 from ..training.run import read_run
 from .base import command, console
+from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, check_points
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 Model = Annotated[str, typer.Argument(help="A model with packaged weights, or its folder.", metavar="MODEL")]
@@ -30,7 +32,10 @@ def _folder(model: str) -> Path:
             f"There is no folder {model!r} and no packaged model of that name; 'timm-dfs list' shows them."
         )
     if not (folder / RESULTS_FILE).is_file():
-        raise ValueError(f"{folder} has no {RESULTS_FILE}; 'timm-dfs export-hub' makes a complete folder.")
+        raise ValueError(
+            f"{folder} has no {RESULTS_FILE} (a folder of 'timm-dfs calibrate' has none): first run "
+            "'timm-dfs export-hub CHECKPOINT --output FOLDER', which measures the model and makes a complete folder."
+        )
     return folder.resolve()
 
 
@@ -72,6 +77,10 @@ def export_checkpoint(
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     data: DataOptions,
     test: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
+    budget: Budgets = None,
+    max_accuracy_drop: MaxAccuracyDrops = None,
+    confidence_level: ConfidenceLevel = None,
+    by: By = None,
     batch_size: BatchSize = 128,
     workers: Workers = 1,
 ) -> None:
@@ -93,11 +102,27 @@ def export_checkpoint(
         return collect_logits(model, tracked(loader, f"{run.model} on {split}"))
 
     facts = dict(
-        dataset=(where["dataset"] or str(where["root"])).removeprefix("hfds/"),
+        dataset=data_name(where["dataset"], where["root"]),
         training=training_facts(run, checkpoint),
         **base_model(run, checkpoint),
     )
     model = trained_model(run, checkpoint)
     data.prepare(model)
-    export(model, output.resolve(), collect, held_out, test, facts)
+    costs = Costs(model)
+    flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
+    budgets = [value * whole if value <= 1 else value for value in budget or ()]
+    drops = max_accuracy_drop or ()
+    check_points(flops, budgets, drops, confidence_level, by)
+    export(
+        model,
+        output.resolve(),
+        collect,
+        held_out,
+        test,
+        facts,
+        by=by,
+        budgets=budgets,
+        max_accuracy_drops=drops,
+        confidence_level=confidence_level,
+    )
     console.print(f"{output} is complete; 'timm-dfs publish {output} --repo user/name' uploads it")

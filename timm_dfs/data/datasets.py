@@ -172,22 +172,40 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
 
 
 def training_classes(arguments: Mapping[str, Any]) -> dict[str, int] | None:
-    """Index of each class by its name in a run's training split; ``None`` if it is not at hand or has no names."""
-    dataset = arguments.get("dataset") or ""
+    """Index of each class by its name in a run's training split; ``None`` if it is not at hand or has no names.
+
+    Data that are there but cannot be read cause a warning.
+    """
+    dataset, root = arguments.get("dataset") or "", arguments.get("data_dir") or arguments.get("data")
     if dataset.lower().startswith(_STREAMS):  # opening a stream downloads
         return None
+    if not dataset.lower().startswith("hfds/") and not (root and Path(root).exists()):  # of hfds/ it is the cache
+        return None
+    split = arguments.get("train_split") or "train"
+    if not dataset:
+        try:
+            _folder(root, split)
+        except ValueError:  # e.g. the validation images alone were copied here
+            return None
     try:
         return class_indices(
             open_dataset(
                 dataset,
-                arguments.get("data_dir") or arguments.get("data"),
-                arguments.get("train_split") or "train",
+                root,
+                split,
                 arguments.get("input_key"),
                 arguments.get("target_key"),
                 arguments.get("class_map"),
             )
         )
-    except (*_READ_ERRORS, OSError, ValueError, ImportError):
+    except (*_READ_ERRORS, OSError, ValueError, ImportError) as error:
+        if isinstance(error, (FileNotFoundError, ConnectionError)) and dataset.lower().startswith("hfds/"):
+            return None  # neither on this machine nor to be had
+        warnings.warn(
+            f"Cannot read the names of the classes from split {split!r} of {dataset or root} "
+            f"({type(error).__name__}: {error}); classes are named by their numbers.",
+            stacklevel=2,
+        )
         return None
 
 

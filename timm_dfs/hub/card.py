@@ -61,6 +61,16 @@ def _read(folder: Path) -> tuple[dict, dict]:
     return results, config
 
 
+def _is_on_hub(dataset: str) -> bool:
+    """Whether a data set's name can be an id on the Hub, ``user/name``, and is not that of another library."""
+    return "/" in dataset and not dataset.startswith(("torch/", "tfds/", "wds/", "hfids/"))
+
+
+def _is_packages_own(results: dict) -> bool:
+    """Whether the weights are this package's, which alone record the commit they were shipped from."""
+    return "shipped_from_commit" in results
+
+
 def _exits(results: dict) -> list[dict]:
     test = results["test"]
     columns = zip(test["top1"], test["top5"], test["ece"], results["flops"], results["flops_lazy"], strict=True)
@@ -76,8 +86,8 @@ def metadata(folder: Path) -> dict[str, Any]:
     card_data = ModelCardData(
         library_name="timm",
         pipeline_tag=task,
-        license="apache-2.0",
-        datasets=[results["dataset"]],
+        license="apache-2.0" if _is_packages_own(results) else None,
+        datasets=[results["dataset"]] if _is_on_hub(results["dataset"]) else None,
         base_model=results.get("base_model"),
         tags=[task, "timm", "timm-dfs", "early-exit", "multi-exit"],
     ).to_dict()
@@ -111,10 +121,13 @@ def card(folder: Path) -> str:
         metadata=yaml.safe_dump(metadata(folder), sort_keys=False, allow_unicode=True),
         name=results["model"],
         exits=exits,
-        beta=arguments["beta"],
-        referencing=arguments["referencing"],
+        regime=_regime(arguments, training),
+        packages_own=_is_packages_own(results),
+        folder=folder.name,
         training=training,
         how=_how_trained(training),
+        splits=_splits(training),
+        objective=_described(training.get("objective", {})),
         other_than_recipe=_described(training.get("other_than_recipe", {})),
         paper_epochs=data.paper_epochs,
         curve_file=CURVE_FILE,
@@ -135,9 +148,23 @@ def card(folder: Path) -> str:
     )
 
 
+def _regime(arguments: dict[str, Any], training: dict[str, Any]) -> str:
+    """The way a network was trained, as a participle after "a network"."""
+    if training.get("objective", {}).get("train_backbone") is False:
+        return "whose heads alone were trained, on a frozen backbone"
+    if arguments["beta"] == "joint":
+        return "trained jointly (no partition)"
+    return f"trained with Deep Feature Surgery (beta {arguments['beta']}, referencing {arguments['referencing']})"
+
+
 def _how_trained(training: dict[str, Any]) -> str:
     parts = dict(samples="{:,} images of the training split", recipe="recipe `{}`", seed="seed {}")
     return ", ".join(text.format(training[key]) for key, text in parts.items() if key in training)
+
+
+def _splits(training: dict[str, Any]) -> str:
+    splits = ", ".join(f"{use} split `{split}`" for use, split in training.get("splits", {}).items())
+    return ": ".join(filter(None, (f"data set `{training['dataset']}`" if "dataset" in training else "", splits)))
 
 
 def _settings(training: dict[str, Any]) -> list[tuple[str, str]]:

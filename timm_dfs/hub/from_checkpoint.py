@@ -5,7 +5,7 @@ the exported file, in half precision.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch
 import yaml
 
 from ..base.model import MultiExitModel
+from ..base.objective import SETTINGS
 from ..calibration.budgeted_batch import budgeted_batch
 from ..calibration.operating_point import OperatingPoint, measure_policy
-from ..calibration.presets import NAMED, fit_presets
+from ..calibration.presets import NAMED, halves, operating_points
 from ..data.datasets import follow_run
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
 from ..evaluation.flops import Costs
 from ..evaluation.machine import processor, threads
-from ..inference.confidence import CONFIDENCES
 from ..models.dfs_twins import BASES, PREFIX
 from ..training.run import TrainingRun
 from ..version import __version__
@@ -60,6 +60,10 @@ def export(
     test: str,
     facts: dict[str, Any],
     tag: str | None = None,
+    by: str | None = None,
+    budgets: Sequence[float] = (),
+    max_accuracy_drops: Sequence[float] = (),
+    confidence_level: float | None = None,
 ) -> None:
     """Write the complete folder of a trained network. An existing folder is kept until the new one is complete.
 
@@ -71,6 +75,11 @@ def export(
         test: The split that is measured on.
         facts: Further entries for the results: ``dataset``, ``training``, ``base_model``.
         tag: Pretrained tag, where an architecture has several trained weights.
+        by: Confidence of the operating points, see :func:`operating_points`.
+        budgets: Mean multiply-adds of further presets.
+        max_accuracy_drops: Drops in accuracy, percentage points, of further presets.
+        confidence_level: Probability of a bound on each preset's drop, from half of the held-out samples; ``None`` for
+            presets without bounds, fitted on all of them.
     """
     model.pretrained_cfg["tag"] = tag
     new = folder.with_name(folder.name + ".new")
@@ -81,7 +90,19 @@ def export(
     costs = Costs(model)
     lazy = costs.of_exits(lazy=True)
     val, tested = collect(shipped, held_out), collect(shipped, test)
-    points = operating_points(val, lazy, dataset=facts["dataset"], split=held_out)
+    fitted_on, bounded_on = (val, None) if confidence_level is None else halves(val)
+    halved = {} if bounded_on is None else dict(fitted_on=len(fitted_on[1]), bounded_on=len(bounded_on[1]))
+    points = operating_points(
+        fitted_on,
+        lazy,
+        by,
+        budgets=budgets,
+        max_accuracy_drops=max_accuracy_drops,
+        held_out=bounded_on,
+        confidence_level=confidence_level or 0.95,
+        dataset=facts["dataset"],
+        split=held_out,
+    )
     model.presets = {name: point.preset() for name, point in points.items()}
     hub.write_weights(model, new)
     curve = budgeted_batch(val, tested, lazy)
@@ -92,7 +113,7 @@ def export(
         last_exit_flops=costs.of_last_exit_alone(),
         golden_logits=hub.golden_logits(shipped),
         largest_losses=NAMED,
-        held_out=dict(split=held_out, **accuracy(val)),
+        held_out=dict(split=held_out, **accuracy(val), **halved),
         test=dict(
             split=test,
             **accuracy(tested),
@@ -119,12 +140,6 @@ def accuracy(split: Split) -> dict[str, Any]:
     )
 
 
-def operating_points(val: Split, flops: list[int], dataset: str, split: str) -> dict[str, OperatingPoint]:
-    """The named operating points, by the confidence for which the sum of their costs on the held-out split is least."""
-    found = [fit_presets(val, flops, confidence=name, dataset=dataset, split=split) for name in CONFIDENCES]
-    return min(found, key=lambda points: sum(point.average_flops for point in points.values()))
-
-
 def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, Any]:
     """Accuracy, cost and exit shares of an operating point on the test split."""
     found = measure_policy(point, test, flops)
@@ -134,9 +149,17 @@ def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, 
 def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
     """Facts about a run, from its checkpoint and from ``train.py``'s ``args.yaml`` beside it, if that exists."""
     facts: dict[str, Any] = dict(epochs=run.epoch + 1)
-    arguments = checkpoint.with_name("args.yaml")
+    arguments, recorded = checkpoint.with_name("args.yaml"), _recorded(run, checkpoint)
+    settings = recorded.get("model_kwargs") or {}
+    facts["objective"] = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
+    if start := _start(run.model, recorded):
+        facts["started_from"] = start
+    splits = dict(training=recorded.get("train_split"), validation=recorded.get("val_split"))
+    facts["splits"] = {use: split for use, split in splits.items() if split}
+    dataset, root = recorded.get("dataset") or "", recorded.get("data_dir") or recorded.get("data")
+    if dataset or root:
+        facts["dataset"] = data_name(dataset, root)
     if arguments.is_file():
-        recorded = yaml.safe_load(arguments.read_text())
         if not recorded.get("resume"):  # a resumed run has rewritten the file, whose time is not that of its start
             facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
         facts.update((key, recorded[key]) for key in ("seed", "batch_size") if recorded.get(key) is not None)
@@ -150,12 +173,30 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
 
 def base_model(run: TrainingRun, checkpoint: Path) -> dict[str, str]:
     """The entry ``base_model``: the Hub's name of the weights that a twin's training started from, if it is known."""
-    base, arguments = run.model.removeprefix(PREFIX), checkpoint.with_name("args.yaml")
-    if (
-        base.partition(".")[0] not in BASES
-        or not arguments.is_file()
-        or not yaml.safe_load(arguments.read_text()).get("pretrained")
-    ):
+    base, recorded = run.model.removeprefix(PREFIX), _recorded(run, checkpoint)
+    own_weights = recorded.get("initial_checkpoint") or recorded.get("pretrained_path")
+    if base.partition(".")[0] not in BASES or not recorded.get("pretrained") or own_weights:
         return {}
     cfg = timm.get_pretrained_cfg(base)
     return dict(base_model=cfg.hf_hub_id) if cfg is not None and cfg.hf_hub_id else {}
+
+
+def data_name(dataset: str, root: str | None) -> str:
+    """A data set's name for a card: its id on the Hub, or the last part of a path on this machine."""
+    name = (dataset or str(root)).removeprefix("hfds/")
+    return Path(name).name if not dataset or Path(name).is_absolute() else name
+
+
+def _recorded(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
+    """Arguments of a run: those in the checkpoint, and from the ``args.yaml`` beside it those that it lacks."""
+    file = checkpoint.with_name("args.yaml")
+    return {**(yaml.safe_load(file.read_text()) if file.is_file() else {}), **run.arguments}
+
+
+def _start(model: str, recorded: dict[str, Any]) -> str | None:
+    """Weights that training started from, in words; ``None`` for random ones."""
+    if recorded.get("initial_checkpoint"):  # train.py loads it last
+        return f"the file `{Path(recorded['initial_checkpoint']).name}`"
+    if recorded.get("pretrained") and recorded.get("pretrained_path"):
+        return f"the file `{Path(recorded['pretrained_path']).name}`"
+    return f"the pretrained weights of `{model}`" if recorded.get("pretrained") else None

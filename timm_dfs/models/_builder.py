@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, generate_default_cfgs
+from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, clean_state_dict, generate_default_cfgs
 
 from ..base.features import ExitFeatures
 from ..base.model import MultiExitModel
@@ -77,7 +77,8 @@ def build_model(
     objective.check_exits(exits)  # before anything is loaded
 
     def checked_filter_fn(state_dict: dict, model: Model) -> dict:
-        state_dict = filter_fn(state_dict, model)
+        # timm removes DataParallel's prefixes from a file's keys, but not from those of a given state dict.
+        state_dict = filter_fn(clean_state_dict(state_dict), model)
         return fit_checkpoint(state_dict, model, model.pretrained_cfg, weights.source)
 
     try:

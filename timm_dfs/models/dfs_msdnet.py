@@ -320,11 +320,14 @@ _OFFICIAL_STEM = re.compile(r"blocks\.0\.0\.layers\.(\d+)\.(?:net\.)?([01])\.(.+
 _OFFICIAL_CELL = re.compile(r"blocks\.(\d+)\.(\d+)\.layers\.(\d+)\.conv_(down|normal)\.net\.(\d+)\.(.+)")
 _OFFICIAL_TRANSITION = re.compile(r"blocks\.(\d+)\.(\d+)\.m\.(\d+)\.net\.([01])\.(.+)")
 _OFFICIAL_HEAD = re.compile(r"classifier\.(\d+)\.m\.([01])\.net\.([01])\.(.+)")
-_OFFICIAL_CLASSIFIER = re.compile(r"classifier\.(\d+)\.linear\.1\.(.+)")
+# The official classifier follows its dropout; the one of kalviny/MSDNet-PyTorch, the code it is based on, has none.
+_OFFICIAL_CLASSIFIER = re.compile(r"classifier\.(\d+)\.linear\.(?:1\.)?(weight|bias)")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MSDNet) -> dict[str, torch.Tensor]:
     """Rename the keys of an official checkpoint to this package's; other state dicts pass unchanged.
+
+    Checkpoints of kalviny/MSDNet-PyTorch, whose network is the same without dropout, are renamed as well.
 
     Cells that no exit reads, which the official network has where its layers do not divide into its scales, are
     left out.

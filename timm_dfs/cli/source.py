@@ -14,6 +14,7 @@ from timm.data import resolve_data_config
 
 from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
+from ..data.shards import WHOLE, Shard, launched_processes
 from ..training.run import read_run
 
 InputKey = Annotated[str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")]
@@ -59,10 +60,10 @@ class DataOptions:
     crop_pct: Annotated[float | None, typer.Option(help="Share of the resized image that is cropped out.")] = None
     interpolation: Annotated[str | None, typer.Option(help="Of resizing: bilinear, bicubic, nearest.")] = None
 
-    def where(self, model_name: str, default_split: str | None = "test") -> dict[str, Any]:
+    def where(self, model_name: str, default_split: str | None = "test", processes: int = 1) -> dict[str, Any]:
         """Arguments of the loader, see :func:`data_of`."""
         given = {key: getattr(self, key) for key in ("dataset", "split", "input_key", "target_key", "class_map")}
-        return data_of(model_name, default_split, root=self.data_dir, **given)
+        return data_of(model_name, default_split, processes, root=self.data_dir, **given)
 
     def prepare(self, model: MultiExitModel) -> None:
         """Write the given preparation into the model's ``pretrained_cfg``.
@@ -106,18 +107,24 @@ def with_data_options(command: Callable) -> Callable:
     return wrapped
 
 
-def data_of(model_name: str, default_split: str | None = "test", **given: Any) -> dict[str, Any]:
+def data_of(model_name: str, default_split: str | None = "test", processes: int = 1, **given: Any) -> dict[str, Any]:
     """Arguments of :func:`timm_dfs.data.datasets.dataset_loader`: the given ones, else those of the checkpoint's run.
 
     Args:
         model_name: The command's MODEL; a checkpoint of ``train.py`` names its data set.
         default_split: Split if none is given and there is no run; without one, a split must be given.
+        processes: Processes that the command divides the data set among.
         **given: Options of the command; ``None`` where they were not used.
 
     Raises:
-        ValueError: If no data set or split is named.
+        ValueError: If no data set or split is named, or ``torchrun`` started another number of processes.
         ModuleNotFoundError: If the data set needs an extra that is not installed.
     """
+    if launched_processes() != processes:
+        raise ValueError(
+            f"torchrun started {launched_processes()} processes, but only timm-dfs eval divides a data set among "
+            "processes; run this command without torchrun."
+        )
     run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
     data = {key: run[flag] for key, flag in _OF_RUN.items() if run.get(flag) not in (None, "")}
     data.setdefault("root", run.get("data"))
@@ -162,5 +169,6 @@ _OF_RUN = dict(
 """Arguments of the loader and the flags of ``train.py`` that set them."""
 
 
-def tracked(loader: Iterable, what: str) -> Iterable:
-    return track(loader, what, console=Console(stderr=True))
+def tracked(loader: Iterable, what: str, shard: Shard = WHOLE) -> Iterable:
+    """Show the progress over a loader on stderr; of several processes, only the first shows its own."""
+    return track(loader, what, console=Console(stderr=True, quiet=shard.rank > 0))

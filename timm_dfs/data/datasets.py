@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, Subset
 from ..base.model import MultiExitModel
 from ..training.run import TrainingRun
 from .images import data_config, labels_of
+from .shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -205,6 +206,7 @@ def dataset_loader(
     image_mode: str | None = None,
     num_samples: int | None = None,
     trust_remote_code: bool = False,
+    shard: Shard = WHOLE,
 ) -> "DataLoader":
     """timm's evaluation loader over a data set, prepared as the model's ``pretrained_cfg`` says.
 
@@ -215,11 +217,13 @@ def dataset_loader(
         model: The model that is to be evaluated.
         samples: Samples to draw at random, always the same; by default all, in order.
         image_mode: Pillow's mode; by default RGB, or L for a model of one channel.
+        shard: Part of the samples that this process loads; by default all.
 
     Other arguments as for :func:`open_dataset`.
 
     Raises:
-        ValueError: If the data set is empty or its first sample cannot be read.
+        ValueError: If the data set is empty, its first sample cannot be read, or it is a stream and samples are to be
+            drawn or divided among processes.
     """
     config = data_config(model)
     options: dict[str, Any] = dict(
@@ -231,6 +235,11 @@ def dataset_loader(
         trust_remote_code=trust_remote_code,
     )
     stream = dataset.lower().startswith(_STREAMS)
+    if stream and shard.processes > 1:
+        raise ValueError(
+            f"{dataset!r} is a stream, which cannot be divided among {shard.processes} processes to the last sample; "
+            "start one process, or give hfds/ or a folder."
+        )
     try:
         if not dataset and class_map is None:
             class_map = _known_classes(model, root, split)
@@ -262,6 +271,9 @@ def dataset_loader(
             raise ValueError(f"{dataset!r} is a stream, of which samples cannot be drawn; give hfds/ or a folder.")
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         subset = Subset(data, chosen)
+    if shard.processes > 1:
+        samples_of_all: Any = data if subset is None else subset
+        subset = Subset(samples_of_all, shard.indices(len(samples_of_all), batch_size))
     if subset is None:
         return loader
     return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers)

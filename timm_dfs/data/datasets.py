@@ -244,7 +244,10 @@ def dataset_loader(
         if not dataset and class_map is None:
             class_map = _known_classes(model, root, split)
         data = open_dataset(dataset, root, split, class_map=class_map, **options)
-        next(iter(data)) if stream else data[0]
+        if stream:  # another one is tried: a reader that was iterated here would give each worker all of its shards
+            next(iter(open_dataset(dataset, root, split, class_map=class_map, **options)))
+        else:
+            data[0]
     except (*_READ_ERRORS, StopIteration) as error:
         raise ValueError(
             f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "

@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +104,21 @@ def test_a_slice_of_a_web_dataset_is_refused(tars):
 def test_a_split_that_a_web_dataset_lacks_is_refused_by_name(tars):
     with pytest.raises(ValueError, match=r"split 'test'.*not found in info"):
         dataset_loader(tiny_vgg(), "wds/x", tars, "test", workers=0)
+
+
+def test_samples_that_a_web_dataset_leaves_out_are_counted_in_a_warning(tars, tmp_path):
+    for file in Path(tars).iterdir():
+        shutil.copy(file, tmp_path)
+    with tarfile.open(tmp_path / "validation-0001.tar", "w") as tar:  # 1 broken sample in place of 5
+        for extension, content in {"png": b"no image", "cls": b"0"}.items():
+            entry = tarfile.TarInfo(f"00008.{extension}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    with pytest.warns(UserWarning, match="gave 15 samples but states 20"):
+        _, targets = evaluated(tiny_vgg(), "wds/x", str(tmp_path), 0)
+    assert len(targets) == 15
+
+
+def test_a_stream_that_is_read_whole_gives_no_warning(tars, recwarn):
+    evaluated(tiny_vgg(), "wds/x", tars, 2)
+    assert not [warning for warning in recwarn if "samples but states" in str(warning.message)]

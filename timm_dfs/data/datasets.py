@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,9 +277,37 @@ def dataset_loader(
     if shard.processes > 1:
         samples_of_all: Any = data if subset is None else subset
         subset = Subset(samples_of_all, shard.indices(len(samples_of_all), batch_size))
+    if stream:
+        return _Counted(loader, f"{dataset}, split {split}")  # type: ignore[return-value]
     if subset is None:
         return loader
     return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers)
+
+
+class _Counted:
+    """Loader of a stream that warns if it gave another number of samples than the data set says it has.
+
+    timm's reader of ``wds/`` leaves out samples that it cannot read, and only logs it.
+    """
+
+    def __init__(self, loader: "DataLoader", where: str) -> None:
+        self.loader, self.where, self.dataset = loader, where, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        read = 0
+        for batch in self.loader:
+            read += len(batch[1])
+            yield batch
+        stated = getattr(getattr(self.dataset, "reader", None), "num_samples", None)
+        if stated and stated != read:
+            warnings.warn(
+                f"{self.where} gave {read} samples but states {stated}: some could not be read, or the stated number "
+                "is wrong. Figures are those of the samples read.",
+                stacklevel=2,
+            )
 
 
 def _known_classes(model: MultiExitModel, root: str | None, split: str) -> dict[str, int] | None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from timm.data import resolve_data_config
 
 from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
+from ..data.overlap import overlap
 from ..data.shards import WHOLE, Shard, launched_processes
 from ..training.run import read_run
 
@@ -63,7 +65,10 @@ class DataOptions:
     def where(self, model_name: str, default_split: str | None = "test", processes: int = 1) -> dict[str, Any]:
         """Arguments of the loader, see :func:`data_of`."""
         given = {key: getattr(self, key) for key in ("dataset", "split", "input_key", "target_key", "class_map")}
-        return data_of(model_name, default_split, processes, root=self.data_dir, **given)
+        where = data_of(model_name, default_split, processes, root=self.data_dir, **given)
+        if default_split is None:  # of calibrate, whose split is to be held out of training
+            _warn_of_training_images(model_name, where)
+        return where
 
     def prepare(self, model: MultiExitModel) -> None:
         """Write the given preparation into the model's ``pretrained_cfg``.
@@ -153,6 +158,17 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
             data["input_key"] = data.get("input_key") or "img"
             data["target_key"] = data.get("target_key") or "fine_label"
     return data
+
+
+def _warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
+    run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
+    trained = run.get("train_split")
+    if trained and (run.get("dataset") or "") == where["dataset"] and overlap(trained, where["split"]):
+        warnings.warn(
+            f"--split {where['split']} shares images with {trained}, which the model was trained on: thresholds and "
+            "temperatures fitted to them are too confident. Give a split held out of training.",
+            stacklevel=3,
+        )
 
 
 _OF_RUN = dict(

@@ -122,3 +122,19 @@ def test_samples_that_a_web_dataset_leaves_out_are_counted_in_a_warning(tars, tm
 def test_a_stream_that_is_read_whole_gives_no_warning(tars, recwarn):
     evaluated(tiny_vgg(), "wds/x", tars, 2)
     assert not [warning for warning in recwarn if "samples but states" in str(warning.message)]
+
+
+def test_the_hubs_library_slices_its_own_splits_and_names_those_there_are(parquet):
+    columns = dict(input_key="image", target_key="label", workers=0, batch_size=20)
+    ((_, targets),) = dataset_loader(tiny_vgg(), f"hfds/{parquet}", None, "validation[15:]", **columns)
+    assert targets.tolist() == [3, 4, 4, 4, 4]
+    with pytest.raises(ValueError, match="validation"):
+        dataset_loader(tiny_vgg(), f"hfds/{parquet}", None, "test", **columns)
+
+
+def test_a_stream_of_the_hubs_library_refuses_a_split_that_it_lacks_and_a_slice(parquet):
+    columns = dict(input_key="image", target_key="label", workers=0, num_samples=20)
+    with pytest.raises(ValueError, match="test"):
+        dataset_loader(tiny_vgg(), f"hfids/{parquet}", None, "test", **columns)
+    with pytest.raises(ValueError, match="a stream cannot be sliced"):
+        dataset_loader(tiny_vgg(), f"hfids/{parquet}", None, "validation[:5]", **columns)

@@ -26,6 +26,7 @@ ROOMS = (  # lowest first
     "demo",
     "space",
     "cli",
+    "__main__",
 )
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")

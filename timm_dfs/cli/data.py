@@ -1,5 +1,6 @@
 """``timm-dfs eval`` and ``conflict``: a model over a data set."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 
 from ..base.model import MultiExitModel
 from ..data.datasets import dataset_loader
+from ..data.shards import sharded
 from ..evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
 from ..evaluation.flops import Costs
 from ..inference.ensemble import ensemble_logits
@@ -27,12 +29,21 @@ def evaluate_model(
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy, calibration and cost of every exit over a data set."""
-    where = data.where(model_name)
-    model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
-    data.prepare(model)
-    loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
-    logits, targets = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
+    """Accuracy, calibration and cost of every exit over a data set.
+
+    With several processes, torchrun --nproc-per-node N -m timm_dfs eval …, each evaluates a part of the data set.
+    """
+    with sharded() as shard:
+        if shard.rank > 0:
+            warnings.simplefilter("ignore")  # the first process gives them
+        where = data.where(model_name, processes=shard.processes)
+        model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+        data.prepare(model)
+        loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers, shard=shard)
+        own = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}", shard))
+        logits, targets = shard.gather(*own)
+    if shard.rank > 0:
+        return
     costs = Costs(model)
     found: dict[str, Any] = dict(
         model=model_name,

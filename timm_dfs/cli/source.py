@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from timm.data import resolve_data_config
 
 from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
+from ..data.overlap import overlap
+from ..data.shards import WHOLE, Shard, launched_processes
 from ..training.run import read_run
 
 InputKey = Annotated[str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")]
@@ -59,10 +62,13 @@ class DataOptions:
     crop_pct: Annotated[float | None, typer.Option(help="Share of the resized image that is cropped out.")] = None
     interpolation: Annotated[str | None, typer.Option(help="Of resizing: bilinear, bicubic, nearest.")] = None
 
-    def where(self, model_name: str, default_split: str | None = "test") -> dict[str, Any]:
+    def where(self, model_name: str, default_split: str | None = "test", processes: int = 1) -> dict[str, Any]:
         """Arguments of the loader, see :func:`data_of`."""
         given = {key: getattr(self, key) for key in ("dataset", "split", "input_key", "target_key", "class_map")}
-        return data_of(model_name, default_split, root=self.data_dir, **given)
+        where = data_of(model_name, default_split, processes, root=self.data_dir, **given)
+        if default_split is None:  # of calibrate, whose split is to be held out of training
+            _warn_of_training_images(model_name, where)
+        return where
 
     def prepare(self, model: MultiExitModel) -> None:
         """Write the given preparation into the model's ``pretrained_cfg``.
@@ -106,18 +112,24 @@ def with_data_options(command: Callable) -> Callable:
     return wrapped
 
 
-def data_of(model_name: str, default_split: str | None = "test", **given: Any) -> dict[str, Any]:
+def data_of(model_name: str, default_split: str | None = "test", processes: int = 1, **given: Any) -> dict[str, Any]:
     """Arguments of :func:`timm_dfs.data.datasets.dataset_loader`: the given ones, else those of the checkpoint's run.
 
     Args:
         model_name: The command's MODEL; a checkpoint of ``train.py`` names its data set.
         default_split: Split if none is given and there is no run; without one, a split must be given.
+        processes: Processes that the command divides the data set among.
         **given: Options of the command; ``None`` where they were not used.
 
     Raises:
-        ValueError: If no data set or split is named.
+        ValueError: If no data set or split is named, or ``torchrun`` started another number of processes.
         ModuleNotFoundError: If the data set needs an extra that is not installed.
     """
+    if launched_processes() != processes:
+        raise ValueError(
+            f"torchrun started {launched_processes()} processes, but only timm-dfs eval divides a data set among "
+            "processes; run this command without torchrun."
+        )
     run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
     data = {key: run[flag] for key, flag in _OF_RUN.items() if run.get(flag) not in (None, "")}
     data.setdefault("root", run.get("data"))
@@ -148,6 +160,17 @@ def data_of(model_name: str, default_split: str | None = "test", **given: Any) -
     return data
 
 
+def _warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
+    run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
+    trained = run.get("train_split")
+    if trained and (run.get("dataset") or "") == where["dataset"] and overlap(trained, where["split"]):
+        warnings.warn(
+            f"--split {where['split']} shares images with {trained}, which the model was trained on: thresholds and "
+            "temperatures fitted to them are too confident. Give a split held out of training.",
+            stacklevel=3,
+        )
+
+
 _OF_RUN = dict(
     dataset="dataset",
     root="data_dir",
@@ -162,5 +185,6 @@ _OF_RUN = dict(
 """Arguments of the loader and the flags of ``train.py`` that set them."""
 
 
-def tracked(loader: Iterable, what: str) -> Iterable:
-    return track(loader, what, console=Console(stderr=True))
+def tracked(loader: Iterable, what: str, shard: Shard = WHOLE) -> Iterable:
+    """Show the progress over a loader on stderr; of several processes, only the first shows its own."""
+    return track(loader, what, console=Console(stderr=True, quiet=shard.rank > 0))

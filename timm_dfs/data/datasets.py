@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, Subset
 from ..base.model import MultiExitModel
 from ..training.run import TrainingRun
 from .images import data_config, labels_of
+from .shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -223,6 +224,7 @@ def dataset_loader(
     image_mode: str | None = None,
     num_samples: int | None = None,
     trust_remote_code: bool = False,
+    shard: Shard = WHOLE,
 ) -> "DataLoader":
     """timm's evaluation loader over a data set, prepared as the model's ``pretrained_cfg`` says.
 
@@ -233,11 +235,13 @@ def dataset_loader(
         model: The model that is to be evaluated.
         samples: Samples to draw at random, always the same; by default all, in order.
         image_mode: Pillow's mode; by default RGB, or L for a model of one channel.
+        shard: Part of the samples that this process loads; by default all.
 
     Other arguments as for :func:`open_dataset`.
 
     Raises:
-        ValueError: If the data set is empty or its first sample cannot be read.
+        ValueError: If the data set is empty, its first sample cannot be read, or it is a stream and samples are to be
+            drawn or divided among processes.
     """
     config = data_config(model)
     options: dict[str, Any] = dict(
@@ -249,11 +253,19 @@ def dataset_loader(
         trust_remote_code=trust_remote_code,
     )
     stream = dataset.lower().startswith(_STREAMS)
+    if stream and shard.processes > 1:
+        raise ValueError(
+            f"{dataset!r} is a stream, which cannot be divided among {shard.processes} processes to the last sample; "
+            "start one process, or give hfds/ or a folder."
+        )
     try:
         if not dataset and class_map is None:
             class_map = _known_classes(model, root, split)
         data = open_dataset(dataset, root, split, class_map=class_map, **options)
-        next(iter(data)) if stream else data[0]
+        if stream:  # another one is tried: a reader that was iterated here would give each worker all of its shards
+            next(iter(open_dataset(dataset, root, split, class_map=class_map, **options)))
+        else:
+            data[0]
     except (*_READ_ERRORS, StopIteration) as error:
         raise ValueError(
             f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "
@@ -280,9 +292,40 @@ def dataset_loader(
             raise ValueError(f"{dataset!r} is a stream, of which samples cannot be drawn; give hfds/ or a folder.")
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         subset = Subset(data, chosen)
+    if shard.processes > 1:
+        samples_of_all: Any = data if subset is None else subset
+        subset = Subset(samples_of_all, shard.indices(len(samples_of_all), batch_size))
+    if stream:
+        return _Counted(loader, f"{dataset}, split {split}")  # type: ignore[return-value]
     if subset is None:
         return loader
     return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers)
+
+
+class _Counted:
+    """Loader of a stream that warns if it gave another number of samples than the data set says it has.
+
+    timm's reader of ``wds/`` leaves out samples that it cannot read, and only logs it.
+    """
+
+    def __init__(self, loader: "DataLoader", where: str) -> None:
+        self.loader, self.where, self.dataset = loader, where, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        read = 0
+        for batch in self.loader:
+            read += len(batch[1])
+            yield batch
+        stated = getattr(getattr(self.dataset, "reader", None), "num_samples", None)
+        if stated and stated != read:
+            warnings.warn(
+                f"{self.where} gave {read} samples but states {stated}: some could not be read, or the stated number "
+                "is wrong. Figures are those of the samples read.",
+                stacklevel=2,
+            )
 
 
 def _known_classes(model: MultiExitModel, root: str | None, split: str) -> dict[str, int] | None:

@@ -17,6 +17,7 @@ from helpers import ROOT
 from PIL import Image
 from typer.testing import CliRunner
 
+from timm_dfs import fit_temperatures
 from timm_dfs.calibration.presets import NAMED, fit_presets
 from timm_dfs.cli import app
 from timm_dfs.hub import folder as hub
@@ -196,11 +197,10 @@ def test_the_points_shipped_are_by_the_confidence_with_which_they_cost_least():
     targets = torch.randint(5, (400,), generator=generator)
     logits = torch.randn(3, 400, 5, generator=generator)
     logits += torch.tensor([1.0, 2.0, 3.0])[:, None, None] * torch.nn.functional.one_hot(targets, 5)
-    found = export.operating_points((logits, targets), [1, 2, 4], dataset="made up", split="validation")
-    costs = {
-        name: [point.average_flops for point in fit_presets((logits, targets), [1, 2, 4], confidence=name).values()]
-        for name in CONFIDENCES
-    }
+    val, temperatures = (logits, targets), fit_temperatures(logits, targets)
+    found = export.operating_points(val, [1, 2, 4], ensemble=False, dataset="made up", split="validation")
+    fitted = {name: fit_presets(val, [1, 2, 4], confidence=name, temperatures=temperatures) for name in CONFIDENCES}
+    costs = {name: [point.average_flops for point in points.values()] for name, points in fitted.items()}
     assert [point.average_flops for point in found.values()] == min(costs.values(), key=sum)
     assert set(found) == set(NAMED) and all(point.fitted_on.dataset == "made up" for point in found.values())
 

@@ -18,7 +18,7 @@ from ..hub.publish import FILES, check_folder, publish
 from ..pretrained.packaged import packaged_folder
 from ..training.run import read_run
 from .base import command, console
-from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, check_points
+from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 Model = Annotated[str, typer.Argument(help="A model with packaged weights, or its folder.", metavar="MODEL")]
@@ -81,6 +81,7 @@ def export_checkpoint(
     max_accuracy_drop: MaxAccuracyDrops = None,
     confidence_level: ConfidenceLevel = None,
     by: By = None,
+    ensemble: Together = True,
     batch_size: BatchSize = 128,
     workers: Workers = 1,
 ) -> None:
@@ -121,6 +122,7 @@ def export_checkpoint(
         test,
         facts,
         by=by,
+        ensemble=ensemble,
         budgets=budgets,
         max_accuracy_drops=drops,
         confidence_level=confidence_level,

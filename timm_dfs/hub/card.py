@@ -111,6 +111,13 @@ def metadata(folder: Path) -> dict[str, Any]:
     return card_data
 
 
+def _of_preset(measured: dict[str, Any] | None, preset: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured of a preset, unless thresholds of that name were fitted anew since."""
+    if measured is not None and measured.get("thresholds", preset["thresholds"]) != preset["thresholds"]:
+        return None
+    return measured
+
+
 def card(folder: Path) -> str:
     """The card of a folder, from its results and config only."""
     results, config = _read(folder)
@@ -133,9 +140,14 @@ def card(folder: Path) -> str:
         curve_file=CURVE_FILE,
         curve_alt="Top-1 accuracy against multiply-adds per image",
         presets=[
-            dict(name=name, recorded=_described(preset), measured=measured.get(name))
+            dict(
+                name=name,
+                recorded=_described({key: value for key, value in preset.items() if key != "ensemble"}),
+                measured=_of_preset(measured.get(name), preset),
+            )
             for name, preset in arguments.get("presets", {}).items()
         ],
+        ensemble=any(preset.get("ensemble") for preset in arguments.get("presets", {}).values()),
         example_thresholds=[0.9] * (len(exits) - 1) + [0.0],
         test=results["test"],
         held_out=results.get("held_out"),

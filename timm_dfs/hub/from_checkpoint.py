@@ -16,8 +16,9 @@ import yaml
 from ..base.model import MultiExitModel
 from ..base.objective import SETTINGS
 from ..calibration.budgeted_batch import budgeted_batch
+from ..calibration.ensemble import halves
 from ..calibration.operating_point import OperatingPoint, measure_policy
-from ..calibration.presets import NAMED, halves, operating_points
+from ..calibration.presets import NAMED, operating_points
 from ..data.datasets import follow_run
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
 from ..evaluation.flops import Costs
@@ -61,6 +62,7 @@ def export(
     facts: dict[str, Any],
     tag: str | None = None,
     by: str | None = None,
+    ensemble: bool = True,
     budgets: Sequence[float] = (),
     max_accuracy_drops: Sequence[float] = (),
     confidence_level: float | None = None,
@@ -75,7 +77,8 @@ def export(
         test: The split that is measured on.
         facts: Further entries for the results: ``dataset``, ``training``, ``base_model``.
         tag: Pretrained tag, where an architecture has several trained weights.
-        by: Confidence of the operating points, see :func:`operating_points`.
+        by: Confidence of the operating points, see :func:`~timm_dfs.calibration.presets.operating_points`.
+        ensemble: Let exits predict together where that is better on held-out samples.
         budgets: Mean multiply-adds of further presets.
         max_accuracy_drops: Drops in accuracy, percentage points, of further presets.
         confidence_level: Probability of a bound on each preset's drop, from half of the held-out samples; ``None`` for
@@ -96,6 +99,7 @@ def export(
         fitted_on,
         lazy,
         by,
+        ensemble,
         budgets=budgets,
         max_accuracy_drops=max_accuracy_drops,
         held_out=bounded_on,
@@ -143,7 +147,12 @@ def accuracy(split: Split) -> dict[str, Any]:
 def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, Any]:
     """Accuracy, cost and exit shares of an operating point on the test split."""
     found = measure_policy(point, test, flops)
-    return dict(top1=found.accuracy, average_flops=found.average_flops, exit_shares=list(found.exit_shares))
+    return dict(
+        top1=found.accuracy,
+        average_flops=found.average_flops,
+        exit_shares=list(found.exit_shares),
+        thresholds=point.preset()["thresholds"],
+    )
 
 
 def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:

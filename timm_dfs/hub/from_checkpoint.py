@@ -23,6 +23,7 @@ from ..data.datasets import follow_run
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
 from ..evaluation.flops import Costs
 from ..evaluation.machine import processor, threads
+from ..inference.ensemble import ensemble_logits
 from ..models.dfs_twins import BASES, PREFIX
 from ..training.run import TrainingRun
 from ..version import __version__
@@ -134,13 +135,20 @@ def export(
 
 
 def accuracy(split: Split) -> dict[str, Any]:
-    """Each exit's accuracy and calibration."""
+    """Accuracy and calibration of each exit; also accuracy together with the exits before, and disagreement.
+
+    Together is the mean log-probability; disagreement is the percentage of samples for which an exit on its own
+    predicts another class than the last exit.
+    """
     logits, targets = split
+    predicted = logits.argmax(-1)
     return dict(
         samples=len(targets),
         top1=anytime_accuracy(logits, targets).tolist(),
         top5=anytime_accuracy(logits, targets, topk=min(5, logits.shape[-1])).tolist(),
         ece=calibration_error(logits, targets).tolist(),
+        top1_ensemble=anytime_accuracy(ensemble_logits(logits), targets).tolist(),
+        disagreement=[100 * (row != predicted[-1]).double().mean().item() for row in predicted],
     )
 
 

@@ -12,7 +12,7 @@ from .data.images import prepare
 from .inference.policy import ExitPolicy
 from .inference.prediction import predict, resolve_policy
 
-MODEL = "dfs_msdnet_cifar100"
+MODEL = "dfs_msdnet_cifar100.joint"
 
 # Photographs in scikit-image, and CIFAR-100's class of their subject (None: it has no such class).
 PHOTOGRAPHS: dict[str, str | None] = {

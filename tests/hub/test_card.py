@@ -144,6 +144,18 @@ def test_a_card_states_what_a_preset_loses_against_the_last_exit_on_the_test_spl
     assert "| `fast` | 58.75 | -1.25 |" in card.card(folder)
 
 
+def test_a_card_shows_no_figures_of_thresholds_that_were_fitted_anew(folder):
+    def fit_anew(config):
+        config["model_args"]["presets"]["fast"]["thresholds"][0] += 0.01
+
+    before = card.card(folder)
+    assert "not measured" not in before and "local-dir:" not in before
+    edit(folder / hub.CONFIG_FILE, fit_anew)
+    after = card.card(folder)
+    assert "| `fast` | not measured |" in after and after.count("not measured") == 1
+    assert "local-dir:" in after  # the weights' name alone would load other presets
+
+
 def test_a_card_gives_the_batch_size_beside_the_rate_and_versions_without_a_machine(folder):
     edit(folder / hub.RESULTS_FILE, lambda results: results["training"].pop("measured_on"))
     text = card.card(folder)

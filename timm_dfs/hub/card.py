@@ -124,12 +124,20 @@ def card(folder: Path) -> str:
     arguments, training, data = config["model_args"], results.get("training", {}), _data_set(results["dataset"])
     measured = results["test"].get("presets", {})
     exits = _exits(results)
+    presets: list[dict[str, Any]] = [
+        dict(
+            name=name,
+            recorded=_described({key: value for key, value in preset.items() if key != "ensemble"}),
+            measured=_of_preset(measured.get(name), preset),
+        )
+        for name, preset in arguments.get("presets", {}).items()
+    ]
     return _TEMPLATES.get_template("model_card.md").render(
         metadata=yaml.safe_dump(metadata(folder), sort_keys=False, allow_unicode=True),
         name=results["model"],
         exits=exits,
         regime=_regime(arguments, training),
-        packages_own=_is_packages_own(results),
+        packages_own=_is_packages_own(results) and all(preset["measured"] for preset in presets),
         folder=folder.name,
         training=training,
         how=_how_trained(training),
@@ -139,14 +147,7 @@ def card(folder: Path) -> str:
         paper_epochs=data.paper_epochs,
         curve_file=CURVE_FILE,
         curve_alt="Top-1 accuracy against multiply-adds per image",
-        presets=[
-            dict(
-                name=name,
-                recorded=_described({key: value for key, value in preset.items() if key != "ensemble"}),
-                measured=_of_preset(measured.get(name), preset),
-            )
-            for name, preset in arguments.get("presets", {}).items()
-        ],
+        presets=presets,
         ensemble=any(preset.get("ensemble") for preset in arguments.get("presets", {}).values()),
         example_thresholds=[0.9] * (len(exits) - 1) + [0.0],
         test=results["test"],

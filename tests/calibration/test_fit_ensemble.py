@@ -48,6 +48,14 @@ def test_an_exit_that_knows_nothing_gets_no_weight():
     assert weights == fit_ensemble(logits, targets)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 20])
+def test_weights_are_finite_where_every_prediction_is_right(samples):
+    targets = torch.arange(samples) % 4
+    logits = 50.0 * torch.nn.functional.one_hot(targets, 4).repeat(3, 1, 1)
+    for row in fit_ensemble(logits, targets):
+        assert sum(row) == pytest.approx(1) and min(row) > 0
+
+
 def test_exits_that_are_left_out_have_no_weight():
     weights = fit_ensemble(*exits_with_own_noise(0), exits=[1, 2])
     assert weights[2][0] == 0

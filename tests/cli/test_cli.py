@@ -365,6 +365,8 @@ def test_calibrate_bounds_the_drop_on_the_other_half(training_run, held_out):
         (("--split", "test[:4]"), ("test[:4]",)),
         (("--budget", 1e-9), ("budget", "first exit")),
         (("--budget", 1e12), ("1e+12", "last")),
+        (("--latency", "soon"), ["--latency", "soon", "20ms"]),
+        (("--p95", "0.000001ms"), ["out of range"]),
         (("--max-accuracy-drop", -1), ("max_accuracy_drop is -1",)),
         (("--confidence-level", 95), ("confidence_level is 95",)),
         (("--by", "surprise"), ("surprise", "max_prob")),
@@ -388,6 +390,18 @@ def test_calibrate_refuses_options_before_it_reads_the_data(training_run, held_o
 def test_calibrate_says_where_there_are_too_few_samples(training_run, held_out, options, words):
     result = run("calibrate", training_run, *held_out, *options)
     assert result.exit_code == 2 and words in result.stderr.splitlines()[-1]
+
+
+def test_calibrate_fits_latencies_of_this_machine(training_run, held_out):
+    limits = "--latency", "10000ms", "--p95", "9000"
+    done = run_json("calibrate", training_run, *held_out, *limits)
+    assert {"10000ms", "p95-9000ms"} < done["presets"].keys()
+    for name, limit in (("10000ms", 10000), ("p95-9000ms", 9000)):
+        latency = done["presets"][name]["latency"]
+        assert 0 < latency["mean_ms"] <= latency["p95_ms"] <= limit
+        assert latency["batch_size"] == 1 and latency["threads"] == torch.get_num_threads() and latency["machine"]
+    table = run("calibrate", training_run, *held_out, *limits)
+    assert table.exit_code == 0 and "p95, ms" in table.stdout
 
 
 def test_calibrate_does_not_fall_back_on_a_checkpoint_s_test_split(training_run, held_out):

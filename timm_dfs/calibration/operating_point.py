@@ -48,6 +48,25 @@ class Risk:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Latency of an operating point on one machine; see :mod:`timm_dfs.calibration.latency`.
+
+    Attributes:
+        mean_ms: Mean over the samples, milliseconds.
+        p95_ms: Milliseconds that at most 5 % of the samples exceed.
+        batch_size: Images a batch when exits were timed.
+        threads: Threads when exits were timed.
+        machine: Processor or accelerator.
+    """
+
+    mean_ms: float
+    p95_ms: float
+    batch_size: int
+    threads: int
+    machine: str
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
     """A fitted policy, with its accuracy and cost on the samples that it was fitted on.
 
@@ -57,6 +76,7 @@ class OperatingPoint:
         accuracy: Top-1, percent, on the samples fitted on; on others it is somewhat lower.
         fitted_on: The data fitted on.
         risk: Bound on the drop in accuracy on other samples, if one was computed.
+        latency: Latency on the machine that the point was fitted for, if it was.
 
     Example:
         >>> import torch, timm_dfs
@@ -73,6 +93,7 @@ class OperatingPoint:
     accuracy: float
     fitted_on: Source
     risk: Risk | None = None
+    latency: Latency | None = None
     seen: frozenset[bytes] = field(default=frozenset(), repr=False, compare=False)
 
     def preset(self) -> dict:
@@ -87,6 +108,7 @@ class OperatingPoint:
             accuracy=self.accuracy,
             fitted_on=vars(self.fitted_on).copy(),
             **({"risk": vars(self.risk).copy()} if self.risk else {}),
+            **({"latency": vars(self.latency).copy()} if self.latency else {}),
         )
 
 
@@ -121,7 +143,7 @@ def check_preset(preset: dict, num_exits: int | None) -> None:
     for name, highest in (("average_flops", math.inf), ("accuracy", 100.0)):
         if name in preset and not _in_range(preset[name], highest):
             raise ValueError(f"{name} is {preset[name]!r}; give a number from 0 to {highest}.")
-    for name, kind in (("fitted_on", Source), ("risk", Risk)):
+    for name, kind in (("fitted_on", Source), ("risk", Risk), ("latency", Latency)):
         if name in preset:
             value = preset[name]
             wanted = kind.__dataclass_fields__

@@ -95,7 +95,7 @@ def operating_points(
     """
     check_data("val", val)
     logits, targets = val
-    together = choose_ensemble(val) if ensemble and len(logits) > 1 and len(targets) > 1 else None
+    together = choose_ensemble(val) if ensemble and 1 < len(logits) <= len(targets) // 2 else None
     scored = logits if together is None else ensemble_logits(logits, together)
     temperatures = fit_temperatures(scored, targets)
     found = [

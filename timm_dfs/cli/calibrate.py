@@ -3,14 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from ..calibration.ensemble import halves
+from ..calibration.latency import check_limit, fit_latency
 from ..calibration.presets import NAMED, operating_points
+from ..calibration.risk import bound_risk
 from ..calibration.seen import is_test
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, collect_logits
 from ..evaluation.flops import Costs
+from ..evaluation.latency import exit_latencies
+from ..evaluation.machine import processor
 from ..hub.folder import write_presets
 from ..inference.ensemble import MEAN
 from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
@@ -30,6 +35,14 @@ def calibrate(
     confidence_level: ConfidenceLevel = None,
     by: By = None,
     ensemble: Together = True,
+    latency: Annotated[
+        list[str] | None,
+        typer.Option(help="A further preset: largest mean latency of single images on this machine, e.g. 20ms."),
+    ] = None,
+    p95: Annotated[
+        list[str] | None,
+        typer.Option(help="A further preset: latency that at most 5 % of single images exceed on this machine."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the model, whose config.json gets the presets, or a new folder.")
     ] = None,
@@ -55,6 +68,11 @@ def calibrate(
     budgets = [value * whole if value <= 1 else value for value in budget or ()]
     drops = max_accuracy_drop or ()
     check_points(flops, budgets, drops, confidence_level, by)
+    limits = [dict(mean=_milliseconds("--latency", text)) for text in latency or ()]
+    limits += [dict(p95=_milliseconds("--p95", text)) for text in p95 or ()]
+    times = exit_latencies(model, torch.zeros(1, *model.pretrained_cfg["input_size"])) if limits else []
+    for limit in limits:
+        check_limit(times, limit.get("mean"), limit.get("p95"))
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
     logits = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}"))
     val, held_out = (logits, None) if confidence_level is None else halves(logits)
@@ -70,6 +88,22 @@ def calibrate(
         dataset=where["dataset"].removeprefix("hfds/") or str(where["root"]),
         split=where["split"],
     )
+    for limit in limits:
+        name = f"{limit['mean']:g}ms" if "mean" in limit else f"p95-{limit['p95']:g}ms"
+        points[name] = fit_latency(
+            val,
+            flops,
+            times,
+            points["accurate"].policy,
+            mean=limit.get("mean"),
+            p95=limit.get("p95"),
+            threads=torch.get_num_threads(),
+            machine=processor(),
+            dataset=points["accurate"].fitted_on.dataset,
+            split=where["split"],
+        )
+        if held_out is not None:
+            points[name] = bound_risk(points[name], held_out, confidence_level or 0.95)
     presets = {name: point.preset() for name, point in points.items()}
     last_exit = anytime_accuracy(*val)[-1].item()
     if output is not None:
@@ -90,16 +124,26 @@ def calibrate(
     headers = ["preset", "top-1, %", "multiply-adds, M", "share", "exits"]
     if held_out is not None:
         headers.append("drop at most")
+    if limits:
+        headers += ["mean, ms", "p95, ms"]
     table = make_table(*headers, title=f"{model_name}: fitted on {len(val[1])} samples of {where['split']}")
     for name, point in points.items():
         row: list[Any] = [name, f"{point.accuracy:.2f}", millions(point.average_flops)]
         row += [f"{point.average_flops / whole:.0%}", str(len(point.policy.answering))]
-        table.add_row(*row, *([] if point.risk is None else [f"{point.risk.max_accuracy_drop:.2f}"]))
+        row += [] if point.risk is None else [f"{point.risk.max_accuracy_drop:.2f}"]
+        if point.latency is not None:
+            row += [f"{point.latency.mean_ms:.2f}", f"{point.latency.p95_ms:.2f}"]
+        table.add_row(*row)
     console.print(table)
     console.print(
         f"The last exit has {last_exit:.2f} % and alone costs {millions(whole)} M (share 100 %). Largest drops "
         f"below it, in points: {_NAMED}. Accuracy on other samples is somewhat lower: thresholds were chosen on these."
     )
+    if limits:
+        console.print(
+            f"Latencies are of single images in PyTorch with {torch.get_num_threads()} threads of {processor()}: "
+            f"{', '.join(f'{value:.2f}' for value in times)} ms up to exits 0 to {len(times) - 1}."
+        )
     together = points["accurate"].policy.ensemble
     if together is not None:
         weights = "equal weights" if together == MEAN else "fitted weights"
@@ -111,3 +155,11 @@ def calibrate(
         )
     if output is not None:
         console.print(f"Written to {output}")
+
+
+def _milliseconds(option: str, text: str) -> float:
+    try:
+        value = float(text.strip().removesuffix("ms"))
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}; give milliseconds, e.g. 20 or 20ms.") from None
+    return value

@@ -37,7 +37,7 @@ def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Col
         >>> targets = torch.arange(60) % 3
         >>> good = 3.0 * torch.nn.functional.one_hot(targets, 3)
         >>> logits = torch.stack([-good, good])  # 2 exits; the first is always wrong
-        >>> timm_dfs.fit_ensemble(logits, targets)[1][1] > 0.9
+        >>> timm_dfs.fit_ensemble(logits, targets)[1][1] > 0.8
         True
     """
     check_data("val", (val_logits, val_targets))

@@ -65,10 +65,12 @@ def checkout(tmp_path):
 
 def test_the_picture_has_a_curve_its_presets_and_the_last_exit_of_each_model(checkout):
     drawn = [(e.tag.rpartition("}")[2], e.get("class")) for e in ET.fromstring(overview.picture(checkout))]
-    models = len(list((checkout / "hub").iterdir()))
+    folders = list((checkout / "hub").iterdir())
+    models = len(folders)
+    presets = sum(len(json.loads((folder / "results.json").read_text())["test"]["presets"]) for folder in folders)
     legend = models, 1, 1
     assert drawn.count(("polyline", "curve")) == models + legend[0]
-    assert drawn.count(("circle", None)) == 6 * models + legend[1]
+    assert drawn.count(("circle", None)) == presets + legend[1]
     assert drawn.count(("path", "last")) == models + legend[2]
 
 

@@ -97,6 +97,15 @@ def test_no_exit_of_an_ensemble_is_switched_off_in_the_search():
     assert fit_operating_point((surest, targets), FLOPS, budget=40, ensemble="mean").policy.answering == (0, 1, 2)
 
 
+def test_where_exits_are_worse_together_the_last_one_predicts_alone():
+    logits, targets = exits_with_own_noise(0)
+    logits[:2] = 9 * torch.nn.functional.one_hot((targets + 1) % 10, 10)  # always wrong, and sure
+    with pytest.warns(UserWarning, match="no more often than chance"):
+        point = fit_operating_point((logits, targets), FLOPS, max_accuracy_drop=0, ensemble="mean")
+    assert point.policy.answering == (2,)
+    assert point.accuracy == 100 * (logits[-1].argmax(-1) == targets).double().mean().item()
+
+
 def test_the_frontier_of_an_ensemble_begins_with_the_last_exit_alone():
     first, *rest = operating_frontier(exits_with_own_noise(0), FLOPS, ensemble="mean", points=5)
     assert first.policy.answering == (2,)

@@ -11,7 +11,7 @@ from helpers import images, settled, tiny_vgg
 
 import timm_dfs
 from timm_dfs.calibration import fit, presets
-from timm_dfs.calibration.ensemble import halves
+from timm_dfs.calibration.logits import halves
 from timm_dfs.calibration.presets import NAMED, fit_presets
 from timm_dfs.hub import folder as hub
 from timm_dfs.hub.folder import write_presets

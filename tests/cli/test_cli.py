@@ -399,7 +399,7 @@ def test_calibrate_fits_latencies_of_this_machine(training_run, held_out):
     for name, limit in (("10000ms", 10000), ("p95-9000ms", 9000)):
         latency = done["presets"][name]["latency"]
         assert 0 < latency["mean_ms"] <= latency["p95_ms"] <= limit
-        assert latency["batch_size"] == 1 and latency["threads"] == torch.get_num_threads() and latency["machine"]
+        assert latency["threads"] == torch.get_num_threads() and latency["machine"]
     table = run("calibrate", training_run, *held_out, *limits)
     assert table.exit_code == 0 and "p95, ms" in table.stdout
 

@@ -19,3 +19,12 @@ def test_latencies_are_positive_and_never_fall_and_the_model_stays_as_it_was():
 def test_what_is_no_network_with_exits_is_refused():
     with pytest.raises(ValueError, match="has no exits"):
         exit_latencies(torch.nn.Linear(2, 2), images(1))
+
+
+@pytest.mark.filterwarnings("ignore:The logits of samples")
+def test_a_network_of_nan_is_refused():
+    model = settled(tiny_vgg())
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="check the weights"):
+        exit_latencies(model, images(1))

@@ -154,6 +154,12 @@ def test_a_card_shows_no_figures_of_thresholds_that_were_fitted_anew(folder):
     after = card.card(folder)
     assert "| `fast` | not measured |" in after and after.count("not measured") == 1
     assert "local-dir:" in after  # the weights' name alone would load other presets
+    assert "No licence is recorded" not in after and card.metadata(folder)["license"] == "apache-2.0"
+    triangles = [
+        curve.draw(card._read(folder)[0]).count('class="preset"'),
+        len(results(folder.name)["test"]["presets"]),
+    ]
+    assert triangles[0] == triangles[1] - 1
 
 
 def test_a_card_gives_the_batch_size_beside_the_rate_and_versions_without_a_machine(folder):

@@ -1,16 +1,16 @@
 """Weights with which exits predict together."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 
 from ..inference.ensemble import MEAN, Weights, check_ensemble, ensemble_logits
-from .logits import check_data
+from .logits import check_data, halves
 from .operating_point import Data
 
 DIGITS = 3
-"""Decimals of fitted weights; more change no figure."""
+"""Decimals of fitted weights, so that a config can be read."""
 
 STEPS = 50
 """Steps of L-BFGS for each exit."""
@@ -47,9 +47,9 @@ def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Col
         used = [j for j in range(k) if j in active and k in active] + [k]
         weights = _fit(val_logits[used].float(), val_targets) if len(used) > 1 else [1.0]
         row = [0.0] * (k + 1)
-        for j, weight in zip(used, weights, strict=True):
+        for j, weight in zip(used[:-1], weights):
             row[j] = round(weight, DIGITS)
-        row[k] = max(row[k], 10**-DIGITS)
+        row[k] = max(round(1 - sum(row), DIGITS), 10**-DIGITS)
         rows.append(row)
     return check_ensemble(rows, len(rows))  # type: ignore[return-value]
 
@@ -72,7 +72,7 @@ def _fit(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
     return logarithms.detach().softmax(0).tolist()
 
 
-def choose_ensemble(val: Data, exits: Sequence[int] | None = None) -> str | Weights | None:
+def choose_ensemble(val: Data) -> str | Weights | None:
     """Choose between exits that predict alone, their mean, and fitted weights, on samples held out of the fit.
 
     Weights are fitted to one half of the samples; the choice that is most accurate on the other half, on average over
@@ -80,27 +80,19 @@ def choose_ensemble(val: Data, exits: Sequence[int] | None = None) -> str | Weig
 
     Args:
         val: Validation logits (E, N, C) and targets (N,), at least two samples.
-        exits: The active exits, by default all.
 
     Returns:
         ``None``, ``"mean"`` or weights.
     """
     check_data("val", val)
     (logits, targets), (others, expected) = halves(val)
-    candidates: list[str | Weights] = [MEAN, fit_ensemble(logits, targets, exits)]
-    accuracies = [_accuracy(others, expected)]
-    accuracies += [_accuracy(ensemble_logits(others, ensemble, exits), expected) for ensemble in candidates]
-    best = max(range(3), key=accuracies.__getitem__)  # the first of equal ones
-    return (None, MEAN, None)[best] if best < 2 else fit_ensemble(*val, exits)
+    fitted = fit_ensemble(logits, targets)
+    candidates: list[str | Weights | None] = [None, MEAN, fitted]
+    best = max(candidates, key=lambda ensemble: _accuracy(others, expected, ensemble))  # the first of equal ones
+    return fit_ensemble(*val) if best is fitted else best
 
 
-def halves(data: Data) -> tuple[Data, Data]:
-    """Split samples into two random halves, the same ones at every call."""
-    logits, targets = data
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    first, second = order[: len(order) // 2], order[len(order) // 2 :]
-    return (logits[:, first], targets[first]), (logits[:, second], targets[second])
-
-
-def _accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
+def _accuracy(logits: torch.Tensor, targets: torch.Tensor, ensemble: str | Weights | None) -> float:
+    if ensemble is not None:
+        logits = ensemble_logits(logits, ensemble)
     return (logits.argmax(-1) == targets).double().mean().item()

@@ -203,6 +203,10 @@ class Fitting:
             found = points[int(values.argmax())] if values.max() > -math.inf else None
         elif (thresholds := self.search.best(value)) is not None:
             found = self.point(self.never.with_thresholds(thresholds))
+        if found is None and self.never.ensemble is not None:  # together, exits can be worse than the last one alone
+            never = self.point(self.never)
+            done = torch.tensor([(never.accuracy, never.average_flops)], dtype=torch.float64)
+            found = never if value(*done.unbind(1)).item() > -math.inf else None
         if found is None:
             raise ValueError(
                 f"No thresholds were found for {wanted} on the validation data, where the last exit has "

@@ -49,3 +49,13 @@ def warn_of_probabilities(logits: torch.Tensor) -> None:
                 "be applied again; give logits.",
                 stacklevel=4,
             )
+
+
+def halves(
+    data: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Split samples into two random halves, the same ones at every call."""
+    logits, targets = data
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    first, second = order[: len(order) // 2], order[len(order) // 2 :]
+    return (logits[:, first], targets[first]), (logits[:, second], targets[second])

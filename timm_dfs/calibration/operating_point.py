@@ -49,19 +49,17 @@ class Risk:
 
 @dataclass(frozen=True)
 class Latency:
-    """Latency of an operating point on one machine; see :mod:`timm_dfs.calibration.latency`.
+    """Latency of an operating point, for single images on one machine; see :mod:`timm_dfs.calibration.latency`.
 
     Attributes:
         mean_ms: Mean over the samples, milliseconds.
         p95_ms: Milliseconds that at most 5 % of the samples exceed.
-        batch_size: Images a batch when exits were timed.
         threads: Threads when exits were timed.
         machine: Processor or accelerator.
     """
 
     mean_ms: float
     p95_ms: float
-    batch_size: int
     threads: int
     machine: str
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..calibration.ensemble import halves
 from ..calibration.latency import check_limit, fit_latency
+from ..calibration.logits import halves
 from ..calibration.presets import NAMED, operating_points
 from ..calibration.risk import bound_risk
 from ..calibration.seen import is_test
@@ -65,12 +65,11 @@ def calibrate(
     data.prepare(model)
     costs = Costs(model)
     flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
-    budgets = [value * whole if value <= 1 else value for value in budget or ()]
-    drops = max_accuracy_drop or ()
-    check_points(flops, budgets, drops, confidence_level, by)
+    budgets = check_points(costs, budget, max_accuracy_drop, confidence_level, by)
     limits = [dict(mean=_milliseconds("--latency", text)) for text in latency or ()]
     limits += [dict(p95=_milliseconds("--p95", text)) for text in p95 or ()]
-    times = exit_latencies(model, torch.zeros(1, *model.pretrained_cfg["input_size"])) if limits else []
+    size = model.in_chans, *model.pretrained_cfg["input_size"][1:]
+    times = exit_latencies(model, torch.zeros(1, *size)) if limits else []
     for limit in limits:
         check_limit(times, limit.get("mean"), limit.get("p95"))
     loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers)
@@ -82,7 +81,7 @@ def calibrate(
         by,
         ensemble,
         budgets=budgets,
-        max_accuracy_drops=drops,
+        max_accuracy_drops=max_accuracy_drop or (),
         held_out=held_out,
         confidence_level=confidence_level or 0.95,
         dataset=where["dataset"].removeprefix("hfds/") or str(where["root"]),

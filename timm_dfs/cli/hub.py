@@ -109,11 +109,7 @@ def export_checkpoint(
     )
     model = trained_model(run, checkpoint)
     data.prepare(model)
-    costs = Costs(model)
-    flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
-    budgets = [value * whole if value <= 1 else value for value in budget or ()]
-    drops = max_accuracy_drop or ()
-    check_points(flops, budgets, drops, confidence_level, by)
+    budgets = check_points(Costs(model), budget, max_accuracy_drop, confidence_level, by)
     export(
         model,
         output.resolve(),
@@ -124,7 +120,7 @@ def export_checkpoint(
         by=by,
         ensemble=ensemble,
         budgets=budgets,
-        max_accuracy_drops=drops,
+        max_accuracy_drops=max_accuracy_drop or (),
         confidence_level=confidence_level,
     )
     console.print(f"{output} is complete; 'timm-dfs publish {output} --repo user/name' uploads it")

@@ -7,6 +7,7 @@ import typer
 
 from ..calibration.fit import check_accuracy_drop, check_budget
 from ..calibration.risk import check_confidence_level
+from ..evaluation.flops import Costs
 from ..inference.confidence import CONFIDENCES, PATIENCE
 from ..inference.policy import ExitPolicy
 
@@ -48,22 +49,24 @@ Together = Annotated[
 
 
 def check_points(
-    flops: Sequence[float],
-    budgets: Sequence[float],
-    drops: Sequence[float],
+    costs: Costs,
+    budget: Sequence[float] | None,
+    drops: Sequence[float] | None,
     confidence_level: float | None,
     by: str | None,
-) -> None:
-    """Check the options before logits are collected, which takes minutes.
+) -> list[float]:
+    """Check the options before logits are collected, which takes minutes, and return the budgets in multiply-adds.
 
     Raises:
         ValueError: If a value is out of range or there is no such confidence.
     """
     if by is not None:
         ExitPolicy([0.0], by)
-    for budget in budgets:
-        check_budget(budget, flops)
-    for drop in drops:
+    budgets = [value * costs.of_last_exit_alone() if value <= 1 else value for value in budget or ()]
+    for value in budgets:
+        check_budget(value, costs.of_exits(lazy=True))
+    for drop in drops or ():
         check_accuracy_drop(drop)
     if confidence_level is not None:
         check_confidence_level(confidence_level)
+    return budgets

@@ -121,10 +121,10 @@ def _interleaved(
     start, rounds = time.perf_counter(), 0
     while rounds < least_rounds or time.perf_counter() - start < seconds:
         for name, run in ways.items():
-            _wait(images.device)
+            wait(images.device)
             before = time.perf_counter()
             run(batches[rounds % len(batches)])
-            _wait(images.device)
+            wait(images.device)
             took[name].append(1e3 * (time.perf_counter() - before))
         rounds += 1
     # A policy takes longer for some batches than for others, so means are compared, and of the same batches for every
@@ -143,7 +143,8 @@ def _interleaved(
     return rows
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

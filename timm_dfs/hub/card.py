@@ -57,7 +57,13 @@ def _data_set(name: str) -> DataSet:
 
 
 def _read(folder: Path) -> tuple[dict, dict]:
+    """A folder's results and config; the results without presets whose thresholds were fitted anew since."""
     results, config = (json.loads((folder / file).read_text()) for file in (RESULTS_FILE, CONFIG_FILE))
+    stored, measured = config["model_args"].get("presets", {}), results["test"].get("presets", {})
+    for name in [*measured]:
+        thresholds = stored.get(name, {}).get("thresholds")
+        if measured[name].get("thresholds", thresholds) != thresholds:
+            del measured[name]
     return results, config
 
 
@@ -111,13 +117,6 @@ def metadata(folder: Path) -> dict[str, Any]:
     return card_data
 
 
-def _of_preset(measured: dict[str, Any] | None, preset: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured of a preset, unless thresholds of that name were fitted anew since."""
-    if measured is not None and measured.get("thresholds", preset["thresholds"]) != preset["thresholds"]:
-        return None
-    return measured
-
-
 def card(folder: Path) -> str:
     """The card of a folder, from its results and config only."""
     results, config = _read(folder)
@@ -128,7 +127,7 @@ def card(folder: Path) -> str:
         dict(
             name=name,
             recorded=_described({key: value for key, value in preset.items() if key != "ensemble"}),
-            measured=_of_preset(measured.get(name), preset),
+            measured=measured.get(name),
         )
         for name, preset in arguments.get("presets", {}).items()
     ]
@@ -137,7 +136,8 @@ def card(folder: Path) -> str:
         name=results["model"],
         exits=exits,
         regime=_regime(arguments, training),
-        packages_own=_is_packages_own(results) and all(preset["measured"] for preset in presets),
+        packages_own=_is_packages_own(results),
+        by_name=_is_packages_own(results) and all(preset["measured"] for preset in presets),
         folder=folder.name,
         training=training,
         how=_how_trained(training),

@@ -16,7 +16,7 @@ import yaml
 from ..base.model import MultiExitModel
 from ..base.objective import SETTINGS
 from ..calibration.budgeted_batch import budgeted_batch
-from ..calibration.ensemble import halves
+from ..calibration.logits import halves
 from ..calibration.operating_point import OperatingPoint, measure_policy
 from ..calibration.presets import NAMED, operating_points
 from ..data.datasets import follow_run

@@ -15,11 +15,11 @@ MEAN = "mean"
 """The ensemble in which all exits have the same weight."""
 
 Weights = tuple[tuple[float, ...], ...]
-"""For each exit the weights of the exits up to it, of sum 1."""
+"""For each exit the weights of the exits up to it."""
 
 
 def check_ensemble(ensemble: object, num_exits: int) -> str | Weights | None:
-    """An ensemble as :class:`timm_dfs.ExitPolicy` takes it, the weights of each exit scaled to sum 1.
+    """An ensemble as :class:`timm_dfs.ExitPolicy` takes it, its weights as numbers.
 
     Raises:
         ValueError: Unless it is None, ``"mean"``, or for exit k a row of k + 1 finite weights of at least 0, the last
@@ -49,8 +49,7 @@ def _row(k: int, row: object) -> tuple[float, ...]:
             f"ensemble has the weights {weights} for exit {k}; each must be finite and at least 0, and the last one, "
             "the exit's own, above 0."
         )
-    total = math.fsum(weights)
-    return tuple(weight / total for weight in weights)
+    return tuple(weights)
 
 
 def effective_weights(ensemble: str | Weights, exit_index: int, exits: Collection[int]) -> dict[int, float]:

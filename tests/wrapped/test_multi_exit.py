@@ -133,10 +133,19 @@ def test_without_classes_every_exit_gives_features(layout):
     assert all(answer.ndim == 2 for answer in answers)
 
 
-@pytest.mark.parametrize("kind", ["auto", "linear", "conv"])
+@pytest.mark.parametrize("kind", ["auto", "linear", "conv", "wide"])
 def test_every_kind_of_head_gives_logits(kind):
     model = wrapped(head=kind).train()
     assert [answer.shape for answer in model(x())] == [(4, CLASSES)] * 3
+
+
+def test_the_classifiers_of_wide_heads_read_many_channels_of_a_coarse_map():
+    model = wrapped(head="wide").eval()
+    feature = model.forward_intermediates(x(), indices=1)[1][0]
+    assert model.pooled_widths()[:2] == [640, 640]
+    body = model.heads[0].body(torch.randn(2, model.feature_info[0]["num_chs"], *feature.shape[2:]))
+    assert body.shape[1] == 640
+    assert body.shape[2] < feature.shape[2]
 
 
 def test_dropout_reaches_the_early_exits():
@@ -367,9 +376,10 @@ def test_a_head_that_does_not_exist_is_refused_with_those_that_do(value):
         wrapped(head=value)
 
 
-def test_a_convolutional_head_for_tokens_is_refused():
+@pytest.mark.parametrize("kind", ["conv", "wide"])
+def test_a_convolutional_head_for_tokens_is_refused(kind):
     with pytest.raises(ValueError, match="returns tokens"):
-        wrapped("NLC", head="conv")
+        wrapped("NLC", head=kind)
 
 
 def test_a_frozen_backbone_stays_frozen_and_its_exits_train():

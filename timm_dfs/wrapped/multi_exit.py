@@ -36,7 +36,8 @@ class MultiExit(MultiExitModel):
             after which the early exits are attached, shallow to deep. By default 4, or as many as there are stages.
         beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
-        head: ``"auto"``, ``"linear"`` or ``"conv"``, see :func:`~timm_dfs.wrapped.feature_heads.feature_head`.
+        head: ``"auto"``, ``"linear"``, ``"conv"`` or ``"wide"``, see
+            :func:`~timm_dfs.wrapped.feature_heads.feature_head`.
         drop_rate: Dropout rate before the early exits' classifiers.
         presets: Named operating points fitted to these weights.
 

@@ -12,6 +12,7 @@ means something. Networks without weights are as fast as trained ones: of them, 
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import time
@@ -27,9 +28,15 @@ from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.bench import exits_logits, halving_policy
 from timm_dfs.evaluation.machine import processor
 from timm_dfs.export import export_onnx
+from timm_dfs.export.timing import graph_of
 from timm_dfs.export.to_onnx import open_session
 
 HALF, LAST = "half the cost", "last exit"
+
+TOGETHER = f"{HALF}, exits together"
+"""The same share of images at each exit, by the mean of the exits' logits: what an ensemble costs in the graph."""
+
+PATIENCE = "patience 2"
 
 
 def arguments():
@@ -58,7 +65,11 @@ def main():
         model.pretrained_cfg["input_size"] = (model.in_chans, args.size, args.size)
     images, _ = some_images(model, args, args.split, args.images)
     policies = {name: timm_dfs.ExitPolicy.from_preset(preset) for name, preset in model.presets.items()}
-    policies[HALF] = halving_policy(model, exits_logits(model, images), images.shape[1:])
+    logits = exits_logits(model, images)
+    policies[HALF] = halving_policy(model, logits, images.shape[1:])
+    policies[TOGETHER] = together(policies[HALF], logits)
+    if model.num_exits > 3:
+        policies[PATIENCE] = timm_dfs.ExitPolicy([2] * model.num_exits, "patience")
     if args.policies:
         policies = {name: policies[name] for name in args.policies}
     ways = {LAST: (exported(model, args, None, None), None)}
@@ -81,6 +92,14 @@ def main():
             measure(ways, images.numpy(), threads, batch_size, args.seconds)
 
 
+def together(policy, logits):
+    """A policy of the mean of the exits' logits by which as many images leave at each exit as by another."""
+    exits = policy.exit_index(logits)
+    fractions = torch.bincount(exits, minlength=len(policy.thresholds)) / len(exits)
+    thresholds = timm_dfs.find_thresholds(timm_dfs.ensemble_logits(logits), fractions)
+    return timm_dfs.ExitPolicy(thresholds, ensemble="mean")
+
+
 def some_images(model, args, split, count):
     """Images (N, C, H, W) and their classes (N,)."""
     if args.dataset is None:
@@ -93,9 +112,9 @@ def some_images(model, args, split, count):
 
 
 def exported(model, args, policy, calibration, name=""):
-    """The file of a policy, exported unless it is there; in float32, one file serves all with the same exits."""
+    """The file of a policy, exported unless it is there; in float32, one serves all that differ in thresholds only."""
     key = [args.model, *model.pretrained_cfg["input_size"]]
-    key += ["last"] if policy is None else ["graph", policy.confidence, *policy.answering]
+    key += ["last"] if policy is None else ["graph", hashlib.sha256(graph_of(policy).encode()).hexdigest()[:8]]
     if calibration is not None:
         key += ["int8", name.replace(" ", "_")]
     folder = args.exports / "-".join(map(str, key))

@@ -443,11 +443,28 @@ def test_bench_says_where_early_exit_is_slower_and_where_its_slowest_batches_are
 
     made_up = [timing("last exit alone", 1, 1.0, 4.0), timing("exit 0 alone", 1, 0.5, 9.0), timing(HALF, 1, 1.5, 4.1)]
     made_up += [timing("last exit alone", 2, 1.0, None), timing(HALF, 2, 0.9, None)]
-    monkeypatch.setattr("timm_dfs.cli.bench.measure", lambda *args: made_up)
+    monkeypatch.setattr("timm_dfs.cli.bench.measure", lambda *args, **kwargs: made_up)
     shown = " ".join(run("bench", "dfs_vgg7_cifar100", *QUICK).stdout.split())
     assert f"A longer p95 than the last exit alone: {HALF} at batch 1." in shown
     assert f"Slower than the last exit alone: {HALF} at batch 2." in shown
     assert "None" not in shown
+
+
+def test_bench_compares_onnx_runtime_and_takes_the_fastest_last_exit_alone_as_baseline():
+    pytest.importorskip("onnxruntime", reason="the extra deploy is not installed")
+    data = run_json("bench", "dfs_vgg7_cifar100", *QUICK, "--runtime", "onnx", "--thresholds", "0.5,0.0")
+    ways = {t["way"] for t in data["timings"] if t["way"].endswith(", ONNX")}
+    assert ways == {"last exit alone, ONNX", "as given, ONNX", "half the cost, ONNX"}
+    for size in (1, 2):
+        timings = {t["way"]: t for t in data["timings"] if t["batch_size"] == size}
+        (baseline,) = {t["baseline"] for t in timings.values()}
+        assert baseline in ("last exit alone", "last exit alone, ONNX")
+        assert timings[baseline]["speedup"] == timings[baseline]["cost_ratio"] == 1
+        assert timings["half the cost"]["cost_ratio"] == timings["half the cost, ONNX"]["cost_ratio"]
+
+
+def test_bench_refuses_a_runtime_that_it_does_not_know():
+    assert_one_line(run("bench", "dfs_vgg7_cifar100", *QUICK, "--runtime", "tensorrt"), "tensorrt", "torch, onnx")
 
 
 def test_bench_takes_images_of_a_data_set_and_another_size(pictures):

@@ -9,7 +9,7 @@ import torch
 from helpers import TINY, images, recorded_heads, settled, wrapped
 
 from timm_dfs import ExitPolicy, exit_flops, predict
-from timm_dfs.evaluation.bench import LAST_EXIT, _percentile, exits_logits, halving_policy, measure
+from timm_dfs.evaluation.bench import LAST_EXIT, Way, _percentile, exits_logits, halving_policy, measure
 from timm_dfs.evaluation.flops import Costs, last_exit_flops
 from timm_dfs.evaluation.machine import describe_machine
 
@@ -84,6 +84,24 @@ def test_a_round_in_which_the_machine_did_something_else_is_left_out_for_every_w
     last, _, _, early = measure(model, images(8, size=16), dict(early=policy), (8,), seconds=0, least_rounds=10)
     assert (last.way, early.way, early.rounds) == (LAST_EXIT, "early", 10)
     assert early.speedup == pytest.approx(2) and early.images_per_second == pytest.approx(8)
+
+
+def test_ways_of_another_runtime_are_timed_on_their_images_and_the_fastest_whole_one_is_the_baseline(
+    model, monkeypatch
+):
+    seen = []
+    cost = torch.full((8,), 1.0)
+    further = {
+        "elsewhere": Way(seen.append, torch.arange(8), cost, is_whole=True),
+        "early elsewhere": Way(seen.append, torch.arange(8), cost / 4),
+    }
+    let_pass(monkeypatch, *[[4.0, 1.0, 1.0, 2.0, 1.0]] * 2)
+    timings = measure(model, images(8, size=16), {}, (4,), seconds=0, least_rounds=2, further=further)
+    assert {t.baseline for t in timings} == {"elsewhere"}
+    by_way = {t.way: t for t in timings}
+    assert by_way[LAST_EXIT].speedup == 0.5 and by_way["elsewhere"].speedup == 1
+    assert (by_way["early elsewhere"].speedup, by_way["early elsewhere"].cost_ratio) == (2, 4)
+    assert [batch.tolist() for batch in seen[2:]] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
 
 
 @pytest.mark.parametrize(("rounds", "p95", "p99"), [(19, None, None), (20, 19, None), (99, 95, None), (200, 190, 198)])

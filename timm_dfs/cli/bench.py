@@ -1,5 +1,6 @@
 """``timm-dfs bench``: speed of early exit on this machine."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -7,11 +8,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 from ..data.datasets import dataset_loader
-from ..evaluation.bench import LAST_EXIT, Timing, exits_logits, halving_policy, measure
+from ..evaluation.bench import Timing, Way, exits_logits, halving_policy, measure
 from ..evaluation.machine import describe_machine
+from ..export.timing import onnx_ways
 from ..inference.fusion import fuse
 from ..inference.prediction import resolve_policy
 from .base import (
@@ -32,6 +35,9 @@ from .source import DataOptions, tracked, with_data_options
 HALF = "half the cost"
 
 
+RUNTIMES = ("torch", "onnx")
+
+
 @command("bench")
 @with_data_options
 def bench(
@@ -47,6 +53,9 @@ def bench(
     as_is: Annotated[
         bool, typer.Option("--as-is", help="Do not fold norms into convolutions; channels first.")
     ] = False,
+    runtime: Annotated[
+        str, typer.Option(help="torch, or onnx: export the network and time it in ONNX Runtime, too.")
+    ] = "torch",
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and latency of early exit, compared with the last exit alone and each earlier exit alone.
@@ -55,8 +64,11 @@ def bench(
     early exits, whose heads are then the only ones computed. Without a data set, images are noise: presets then say
     little, and the points of half the cost show how much faster half the arithmetic is. Faster and cheaper are factors
     in images per second and in multiply-adds, on the same images; achieved is the first over the second. Percentiles
-    are of n batches: p95 needs 20, p99 needs 100.
+    are of n batches: p95 needs 20, p99 needs 100. With ONNX Runtime, everything is compared with the last exit alone in
+    the runtime where it is faster, at each batch size.
     """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"--runtime is {runtime}; choose one of {', '.join(RUNTIMES)}.")
     sizes = sorted(set(batch_size or (1, 8, 64, 256)))
     model = create(model_name, has_weights(model_name), checkpoint, model_kwargs)
     data.prepare(model)
@@ -75,15 +87,20 @@ def bench(
     policies = {name: resolve_policy(model, name) for name in model.presets}
     if thresholds is not None:
         policies["as given"] = choose_policy(model, None, thresholds)
-    if not as_is:
-        model = fuse(model)
-        images = images.contiguous(memory_format=torch.channels_last)
     logits = exits_logits(model, images)
     policies[HALF] = halving_policy(model, logits, images.shape[1:])
     if model.num_exits > 3:
         few = (0, (model.num_exits - 1) // 2)
         policies[f"{HALF}, exits {few[0]} and {few[1]}"] = halving_policy(model, logits, images.shape[1:], few)
-    timings = measure(model, images, policies, sizes, seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        further: dict[str, Way] = {}
+        if runtime == "onnx":
+            with Console(stderr=True).status("Exporting to ONNX …"):
+                further = onnx_ways(model, images, policies, folder)
+        if not as_is:
+            model = fuse(model)
+            images = images.contiguous(memory_format=torch.channels_last)
+        timings = measure(model, images, policies, sizes, seconds, further=further)
     found: dict[str, Any] = dict(
         model=model_name,
         machine=describe_machine(),
@@ -98,9 +115,11 @@ def bench(
         console.print(_table(batch, [timing for timing in timings if timing.batch_size == batch]))
     console.print(f"{found['machine']}; {'×'.join(map(str, found['input_size']))} images: {found['images']}")
     for fault, faulty in (("Slower", _slower), ("A longer p95", _longer_tail)):
-        affected = [f"{t.way} at batch {t.batch_size}" for t in faulty(timings) if t.way in policies]
+        alone = {t.baseline for t in timings}
+        early = {*policies, *further} - alone
+        affected = [f"{t.way} at batch {t.batch_size}" for t in faulty(timings) if t.way in early]
         if affected:
-            console.print(f"[bold]{fault} than the last exit alone[/]: {', '.join(affected)}.")
+            console.print(f"[bold]{fault} than the {' or the '.join(sorted(alone))}[/]: {', '.join(affected)}.")
 
 
 def _slower(timings: Sequence[Timing]) -> list[Timing]:
@@ -108,7 +127,7 @@ def _slower(timings: Sequence[Timing]) -> list[Timing]:
 
 
 def _longer_tail(timings: Sequence[Timing]) -> list[Timing]:
-    baseline = {t.batch_size: t.p95 for t in timings if t.way == LAST_EXIT}
+    baseline = {t.batch_size: t.p95 for t in timings if t.way == t.baseline}
     return [t for t in timings if t.p95 is not None and t.p95 > baseline[t.batch_size]]  # type: ignore[operator]
 
 
@@ -122,6 +141,8 @@ def _table(batch_size: int, timings: Sequence[Timing]) -> Table:
     table.columns[0].justify = "left"
     table.box = SIMPLE  # so that eight columns fit into 80 characters
     for t in timings:
-        gains = ("", "", "") if t.way == LAST_EXIT else (f"{t.speedup:.2f}", f"{t.cost_ratio:.2f}", f"{t.achieved:.2f}")
+        gains = (
+            ("", "", "") if t.way == t.baseline else (f"{t.speedup:.2f}", f"{t.cost_ratio:.2f}", f"{t.achieved:.2f}")
+        )
         table.add_row(t.way, f"{t.images_per_second:.1f}", *map(_milliseconds, (t.p50, t.p95, t.p99)), *gains)
     return table

@@ -31,10 +31,11 @@ class Timing:
         p50: Median time of a batch, milliseconds.
         p95: Time within which 95 % of the batches are done; ``None`` for fewer than 20 batches.
         p99: Time within which 99 % of the batches are done; ``None`` for fewer than 100 batches.
-        speedup: Images per second over those of the last exit alone.
+        speedup: Images per second over those of the baseline.
         cost_ratio: Multiply-adds of the last exit alone over this way's, on the same images as ``speedup``.
         achieved: ``speedup / cost_ratio``: 1 where time falls as much as multiply-adds do.
         rounds: Number of batches timed.
+        baseline: The way that it is compared with: the last exit alone, in the runtime where that is fastest.
     """
 
     way: str
@@ -47,6 +48,24 @@ class Timing:
     cost_ratio: float
     achieved: float
     rounds: int
+    baseline: str = LAST_EXIT
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to predict, to be timed.
+
+    Attributes:
+        run: Predicts a batch, a slice of ``images``.
+        images: (N, C, H, W), prepared as ``run`` takes them.
+        costs: Multiply-adds of each image (N,).
+        is_whole: Whether all images take the network's last exit alone, so that early exit is compared with it.
+    """
+
+    run: Callable[[torch.Tensor], object]
+    images: torch.Tensor
+    costs: torch.Tensor
+    is_whole: bool = False
 
 
 def measure(
@@ -56,6 +75,7 @@ def measure(
     batch_sizes: Sequence[int] = (1, 8, 64, 256),
     seconds: float = 10.0,
     least_rounds: int = 5,
+    further: Mapping[str, Way] | None = None,
 ) -> list[Timing]:
     """Time a network with policies, and for comparison its last exit alone and each earlier exit alone.
 
@@ -69,9 +89,11 @@ def measure(
         batch_sizes: Images per batch.
         seconds: Time to measure each batch size for, warm-up not included.
         least_rounds: Least number of batches to measure, even if they take longer.
+        further: Ways to predict the same images outside of PyTorch, see :func:`timm_dfs.export.timing.onnx_ways`. All
+            ways are then compared with the fastest that is whole.
 
     Returns:
-        For each batch size: the last exit alone, each earlier exit alone, each policy.
+        For each batch size: the last exit alone, each earlier exit alone, each policy, the further ways.
 
     Raises:
         ValueError: If there are fewer images than the largest batch, or a policy does not fit.
@@ -82,24 +104,30 @@ def measure(
     for policy in policies.values():
         policy.check_exits(model.num_exits)
     counted = Costs(model, tuple(images.shape[1:]))
-    ways: dict[str, Callable[[torch.Tensor], object]] = {LAST_EXIT: model}
     every_image = torch.ones(len(images), dtype=torch.float64)
-    costs = {LAST_EXIT: counted.of_last_exit_alone() * every_image}  # of each image
+    ways = {LAST_EXIT: Way(model, images, counted.of_last_exit_alone() * every_image, is_whole=True)}
     alone = counted.of_exits(lazy=True, heads=())
     for k in range(model.num_exits - 1):
-        ways[f"exit {k} alone"] = partial(model.walk, visit=_ignore, exits=(k,))
-        costs[f"exit {k} alone"] = alone[k] * every_image
+        run = partial(model.walk, visit=_ignore, exits=(k,))
+        ways[f"exit {k} alone"] = Way(run, images, alone[k] * every_image)
     with evaluating(model), torch.inference_mode():
         for name, policy in policies.items():
-            ways[name] = partial(predict, model, policy=policy)
-            by_exit = torch.tensor(counted.of_exits(lazy=True, heads=policy.answering), dtype=torch.float64)
-            left = torch.cat([predict(model, x, policy).exit_index for x in images.split(max(batch_sizes))])
-            costs[name] = by_exit[left.cpu()]
+            costs = policy_costs(model, images, policy, max(batch_sizes))
+            ways[name] = Way(partial(predict, model, policy=policy), images, costs)
+        ways.update(further or {})
         return [
             timing
             for batch_size in batch_sizes
-            for timing in _interleaved(ways, costs, images, batch_size, seconds, least_rounds)
+            for timing in _interleaved(ways, images.device, batch_size, seconds, least_rounds)
         ]
+
+
+def policy_costs(model: MultiExitModel, images: torch.Tensor, policy: ExitPolicy, batch_size: int = 64) -> torch.Tensor:
+    """Multiply-adds of each image (N,) with a policy."""
+    by_exit = Costs(model, tuple(images.shape[1:])).of_exits(lazy=True, heads=policy.answering)
+    with evaluating(model), torch.inference_mode():
+        left = torch.cat([predict(model, x, policy).exit_index for x in images.split(batch_size)])
+    return torch.tensor(by_exit, dtype=torch.float64)[left.cpu()]
 
 
 def _ignore(exit_index: int, logits: torch.Tensor) -> None:
@@ -107,24 +135,23 @@ def _ignore(exit_index: int, logits: torch.Tensor) -> None:
 
 
 def _interleaved(
-    ways: Mapping[str, Callable[[torch.Tensor], object]],
-    costs: Mapping[str, torch.Tensor],
-    images: torch.Tensor,
-    batch_size: int,
-    seconds: float,
-    least_rounds: int,
+    ways: Mapping[str, Way], device: torch.device, batch_size: int, seconds: float, least_rounds: int
 ) -> list[Timing]:
-    batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
+    batches = {
+        name: [batch for batch in way.images.split(batch_size) if len(batch) == batch_size]
+        for name, way in ways.items()
+    }
     took: dict[str, list[float]] = {name: [] for name in ways}
-    for run in ways.values():
-        run(batches[0])
+    for name, way in ways.items():
+        way.run(batches[name][0])
     start, rounds = time.perf_counter(), 0
     while rounds < least_rounds or time.perf_counter() - start < seconds:
-        for name, run in ways.items():
-            wait(images.device)
+        for name, way in ways.items():
+            batch = batches[name][rounds % len(batches[name])]
+            wait(device)
             before = time.perf_counter()
-            run(batches[rounds % len(batches)])
-            wait(images.device)
+            way.run(batch)
+            wait(device)
             took[name].append(1e3 * (time.perf_counter() - before))
         rounds += 1
     # A policy takes longer for some batches than for others, so means are compared, and of the same batches for every
@@ -132,14 +159,19 @@ def _interleaved(
     by_time = sorted(range(rounds), key=lambda i: sum(times[i] for times in took.values()))
     kept = by_time[: math.ceil(0.9 * rounds)]
     typical = {name: statistics.fmean(times[i] for i in kept) for name, times in took.items()}
-    of_batch = {name: [part.mean().item() for part in cost.split(batch_size)] for name, cost in costs.items()}
-    cost = {name: statistics.fmean(of[i % len(batches)] for i in kept) for name, of in of_batch.items()}
+    of_batch = {
+        name: [part.mean().item() for part in way.costs.split(batch_size)[: len(batches[name])]]
+        for name, way in ways.items()
+    }
+    cost = {name: statistics.fmean(of[i % len(of)] for i in kept) for name, of in of_batch.items()}
+    baseline = min((name for name, way in ways.items() if way.is_whole), key=typical.__getitem__)
     rows = []
     for name, times in took.items():
-        speedup, ratio = typical[LAST_EXIT] / typical[name], cost[LAST_EXIT] / cost[name]
+        speedup, ratio = typical[baseline] / typical[name], cost[baseline] / cost[name]
         p50, p95, p99 = statistics.median(times), _percentile(times, 95), _percentile(times, 99)
         speed = 1e3 * batch_size / typical[name]
-        rows.append(Timing(name, batch_size, speed, p50, p95, p99, speedup, ratio, speedup / ratio, rounds))
+        achieved = speedup / ratio
+        rows.append(Timing(name, batch_size, speed, p50, p95, p99, speedup, ratio, achieved, rounds, baseline))
     return rows
 
 

@@ -196,12 +196,14 @@ def runner(folder: Path, layout: str, num_exits: int, threads: int = 0) -> Run:
     return last
 
 
-def open_session(file: Path, threads: int = 0) -> Any:
-    """ONNX Runtime's session of a file on the CPU."""
+def open_session(file: Path, threads: int = 0, settings: dict[str, str] | None = None) -> Any:
+    """ONNX Runtime's session of a file on the CPU, with entries of its session configuration."""
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # else it warns that thresholds may be overridden
+    for key, value in (settings or {}).items():
+        options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
 
 

@@ -159,13 +159,16 @@ def _translations() -> dict[Callable, Callable]:
         enable_gqa: bool = False,
     ) -> Any:
         rank = len(query.shape)
-        if rank == 4 or is_causal or enable_gqa or attn_mask is not None:
+        added = attn_mask is None or attn_mask.dtype == query.dtype  # a mask of booleans is not added
+        if rank == 4 or is_causal or enable_gqa or not added:
             return library.aten_scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
             )
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         transposed = ops.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
         scores = ops.Mul(ops.MatMul(query, transposed), ops.Constant(value_float=float(factor)))
+        if attn_mask is not None:
+            scores = ops.Add(scores, attn_mask)
         return ops.MatMul(ops.Softmax(scores, axis=-1), value)
 
     aten = torch.ops.aten

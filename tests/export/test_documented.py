@@ -40,7 +40,7 @@ def folder(model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:.*look untrained")
+@pytest.mark.filterwarnings("ignore:.*looks? untrained")
 def test_the_python_snippet_predicts_as_the_package_does(model, folder):
     without = "import sys; sys.modules.update(torch=None, timm=None, timm_dfs=None)\n"
     done = subprocess.run(

@@ -372,6 +372,12 @@ def test_untrained_exits_are_warned_of(tmp_path):
         exported(settled(tiny_msdnet()), tmp_path / "out", ExitPolicy([0.5, 0.5, 0.0]))
 
 
+def test_a_network_without_biases_that_has_seen_no_image_is_warned_of(tmp_path):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"looks untrained: \d+ batch norms"):
+        exported(tiny_vgg().eval(), tmp_path / "out", ExitPolicy([0.5, *[0.0] * (tiny_vgg().num_exits - 1)]))
+
+
 def test_trained_exits_are_not(msdnet, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*untrained")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base.evaluating import as_images, require_exits
 from ..base.model import MultiExitModel
@@ -252,10 +253,21 @@ def _policy(model: MultiExitModel, policy: ExitPolicy | str | None, layout: str)
 
 
 def _warn_of_untrained(model: MultiExitModel, policy: ExitPolicy) -> None:
-    """Warn where the classifier of an early exit has a bias of zeros, as fresh ones have."""
+    """Warn of classifiers of early exits with biases of 0, and of batch norms with the statistics of no image."""
     biases = {k: getattr(classifier, "bias", None) for k, classifier in enumerate(model.get_classifier())}
     fresh = [k for k in policy.answering[:-1] if biases[k] is not None and not biases[k].detach().any()]
     if fresh:
         warnings.warn(
             f"The classifiers of exits {', '.join(map(str, fresh))} look untrained: their biases are 0.", stacklevel=3
         )
+    norms = [name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and _saw_nothing(part)]
+    if norms:
+        warnings.warn(
+            f"The network looks untrained: {len(norms)} batch norms, {norms[0]} the first, have seen no image.",
+            stacklevel=3,
+        )
+
+
+def _saw_nothing(norm: _BatchNorm) -> bool:
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())

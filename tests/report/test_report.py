@@ -36,6 +36,7 @@ from timm_dfs.report import (
 )
 from timm_dfs.report.pictures import data_uri
 from timm_dfs.report.theme import NEUTRAL, exit_colours
+from timm_dfs.report.without_exits import WithoutExits, networks_without_exits
 
 pytest.importorskip("matplotlib")
 
@@ -214,6 +215,34 @@ def test_published_curves_are_drawn_where_there_are_some(findings):
     assert "The weights are from a shorter run" in shown.text and published.source in shown.text
     assert {attrs["id"] for attrs in shown.all("section")} == SECTIONS | {"published"}
     assert "published" not in draw(findings)
+
+
+# Networks without exits
+
+
+def test_published_networks_without_exits_are_those_of_the_data_set_from_cheap_to_expensive():
+    found = networks_without_exits("hfds/uoft-cs/CIFAR-100", 100)
+    assert "MobileNetV2 x1.0" in [rival.network for rival in found]
+    assert [rival.flops_M for rival in found] == sorted(rival.flops_M for rival in found)
+    assert all(0 < rival.top1 < 100 and rival.source for rival in found)
+    assert networks_without_exits("cifar10", 10) == networks_without_exits("cifar100", 20) == ()
+
+
+def test_each_is_shown_beside_the_best_that_these_weights_reach_within_its_cost(findings):
+    costs = [point.measured.average_flops for point in findings.points.values()]
+    made_up = [
+        WithoutExits("cifar100", 100, name, flops / 1e6, 50.0, "some/where")
+        for name, flops in (("cheap net", 1.0), ("costly net", max(costs)))
+    ]
+    with_them = dataclasses.replace(findings, rivals=tuple(made_up))
+    assert with_them.best_within(1.0) is None
+    cost, accuracy = with_them.best_within(max(costs))
+    assert cost <= max(costs)
+    assert accuracy >= max(point.measured.accuracy for point in findings.points.values())
+    shown = Elements(render(draw(with_them), with_them, About("m", "cifar100", "test")))
+    assert {attrs["id"] for attrs in shown.all("section")} == SECTIONS | {"without-exits"}
+    assert "cheap net" in shown.text and "some/where" in shown.text
+    assert "2 published networks without exits" in draw(with_them)["accuracy-cost"].alt
 
 
 # The page

@@ -62,15 +62,17 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
     if folder is None or not (folder / RESULTS_FILE).is_file():
         return "", None
     try:
-        training = json.loads((folder / RESULTS_FILE).read_text())["training"]
+        results = json.loads((folder / RESULTS_FILE).read_text())
+        training = results["training"]
         epochs = int(training["epochs"])
         samples, recipe, hardware = int(training["samples"]), training["recipe"], training["hardware"]
+        base = f", from the weights of {results['base_model']}" if results.get("base_model") else ""
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"Cannot read how the weights were trained from {folder / RESULTS_FILE} ({type(error).__name__}: {error}); "
             "remove the file or correct it."
         ) from error
-    return f"{_epochs(epochs)} on {samples:,} images, recipe {recipe}, {hardware}", epochs
+    return f"{_epochs(epochs)} on {samples:,} images, recipe {recipe}, {hardware}{base}", epochs
 
 
 def _epochs(count: int) -> str:

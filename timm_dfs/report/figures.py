@@ -144,6 +144,16 @@ def _accuracy_cost(figure: Figure, findings: Findings) -> str:
             linewidth=2,
             label="early exit, geometric fractions",
         )
+    if findings.rivals:
+        axes.plot(
+            [rival.flops_M for rival in findings.rivals],
+            [rival.top1 for rival in findings.rivals],
+            linestyle="none",
+            marker="x",
+            markersize=6,
+            color=light("muted"),
+            label="networks without exits, published",
+        )
     _static_exits(axes, [alone.flops for alone in findings.exits], findings)
     _operating_points(axes, {name: point.measured.average_flops for name, point in findings.points.items()}, findings)
     _cost_and_accuracy_axes(figure, axes)
@@ -157,6 +167,7 @@ def _accuracy_cost(figure: Figure, findings: Findings) -> str:
         f"Accuracy against mean cost: {curve}and each exit alone, from {first.accuracy:.2f} % at "
         f"{first.flops / 1e6:,.1f} M multiply-adds (exit 0) to {last.accuracy:.2f} % at {last.flops / 1e6:,.1f} M "
         f"(exit {len(findings.exits) - 1}). Operating points: {points or 'none'}."
+        + (f" Crosses: {len(findings.rivals)} published networks without exits." if findings.rivals else "")
     )
 
 

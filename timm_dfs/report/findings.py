@@ -15,6 +15,7 @@ from ..evaluation.flops import Costs
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from .published import Published, published_results
+from .without_exits import WithoutExits, networks_without_exits
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Findings:
         published: Published results of this network on this data set, if there are any.
         published_flops: Multiply-adds of each exit in the published convention (E,).
         published_curve: ``curve`` in that convention; empty where nothing is published.
+        rivals: Published networks without early exits on this data set.
     """
 
     samples: int
@@ -88,6 +90,13 @@ class Findings:
     published: Published | None
     published_flops: tuple[float, ...]
     published_curve: tuple[BudgetPoint, ...]
+    rivals: tuple[WithoutExits, ...] = ()
+
+    def best_within(self, flops: float) -> tuple[float, float] | None:
+        """Mean multiply-adds and accuracy of the most accurate operating point or point of the curve within a cost."""
+        points = [(point.measured.average_flops, point.measured.accuracy) for point in self.points.values()]
+        points += [(point.average_flops, point.accuracy) for point in self.curve]
+        return max((point for point in points if point[0] <= flops), key=lambda point: point[1], default=None)
 
     @property
     def standard_error(self) -> float:
@@ -139,6 +148,7 @@ def find(model: MultiExitModel, test: Data, val: Data | None = None, dataset: st
         published=published,
         published_flops=tuple(published_flops),
         published_curve=tuple(budgeted_batch(val, test, published_flops)) if val and published else (),
+        rivals=networks_without_exits(dataset, model.num_classes),
     )
 
 

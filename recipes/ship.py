@@ -8,6 +8,9 @@ hardware, the number of training images and the commit. The hardware is this mac
 ``dfs_msdnet_cifar100.joint``:
 
     python recipes/ship.py output/train/JOINT_RUN --recipe recipes/dfs_msdnet_cifar100_gpu.yaml --tag joint
+
+``--base`` names the file of ``recipes/base_weights.py`` that training started from: its source, checksum and licence
+come onto the card, the licence's text into the folder.
 """
 
 import argparse
@@ -16,16 +19,18 @@ from pathlib import Path
 
 import datasets
 import yaml
+from safetensors import safe_open
 
 import timm_dfs
 from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.machine import processor, threads
 from timm_dfs.hub import from_checkpoint as export
+from timm_dfs.hub.folder import BASE_LICENSE_FILE
 from timm_dfs.training.run import read_run
 
 HUB = Path(__file__).parent.parent / "hub"
-DATA = {"dataset", "train_split", "val_split"}
-"""Arguments in which a run may differ: they say where the same images are stored."""
+DATA = {"dataset", "train_split", "val_split", "pretrained_path", "initial_checkpoint"}
+"""Arguments in which a run may differ: they say where the same images and weights are stored."""
 PRECISION = {"amp", "amp_dtype"}
 """Arguments in which a run may differ, which the results then state: a processor without bfloat16 trains in float32."""
 
@@ -35,6 +40,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="train.py's output folder: args.yaml, last.pth.tar")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe the run was made with")
     parser.add_argument("--tag", help="pretrained tag of a run with other --model-kwargs than the recipe's")
+    parser.add_argument("--base", type=Path, help="weights that training started from, by recipes/base_weights.py")
+    parser.add_argument(
+        "--img-size", type=int, help="height and width to measure at and ship, if not those of training"
+    )
     parser.add_argument("--dataset", help="the data set now, if it is stored elsewhere than when the run trained")
     args = parser.parse_args()
 
@@ -42,6 +51,11 @@ def main() -> None:
     changed = {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA}
     if refused := changed.keys() - PRECISION:
         parser.error(f"the run differs from the recipe in {', '.join(sorted(refused))}")
+    if args.base is not None:
+        with safe_open(args.base, "pt") as file:
+            base = dict(file.metadata() or {})
+        if "license_text" not in base:
+            parser.error(f"{args.base} does not say where it is from; make it by recipes/base_weights.py")
     if args.tag is None and run["model_kwargs"] != recipe.get("model_kwargs", {}):
         parser.error(f"the run has model_kwargs {run['model_kwargs']}, which are not the recipe's; give it a --tag")
     checkpoint = args.run / "last.pth.tar"
@@ -73,9 +87,16 @@ def main() -> None:
         training["other_than_recipe"] = changed
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)
+    if args.base is not None:
+        licence = base.pop("license_text")
+        facts["base_weights"] = base
     model = export.trained_model(of_checkpoint, checkpoint)
+    if args.img_size is not None:
+        model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)
     folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])
     export.export(model, folder, collect, run["val_split"], "test", facts, args.tag)
+    if args.base is not None:
+        (folder / BASE_LICENSE_FILE).write_text(licence)
 
 
 if __name__ == "__main__":

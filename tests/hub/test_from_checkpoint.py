@@ -15,9 +15,10 @@ import torch
 import yaml
 from helpers import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from timm_dfs import fit_temperatures
+from timm_dfs import exit_flops, fit_temperatures
 from timm_dfs.calibration.presets import NAMED, fit_presets
 from timm_dfs.cli import app
 from timm_dfs.hub import folder as hub
@@ -271,6 +272,33 @@ def test_a_run_from_another_machine_must_name_its_hardware(ship, data, tmp_path,
     (tmp_path / "run" / "hardware.txt").write_text("one card\n")
     _, results = ship("--dataset", f"hfds/{data}", device="cuda", dataset="hfds//there/not/here")
     assert results["training"]["hardware"] == "one card" and results["dataset"] == "made/up"
+
+
+def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, capsys):
+    about = dict(
+        architecture="tf_vgg", source="vgg.pth of a wheel", trained_on="ImageNet-1k", sha256="0f", license="MIT"
+    )
+    weights = {"weight": torch.zeros(1)}
+    save_file(weights, base := tmp_path / "base.safetensors", {**about, "license_text": "do as you like"})
+    folder, results = ship("--base", str(base), pretrained_path="elsewhere")
+    assert results["base_weights"] == about and (folder / "LICENSE.base").read_text() == "do as you like"
+    card = (folder / "README.md").read_text()
+    assert "vgg.pth of a wheel, MIT (text in `LICENSE.base`), sha256 `0f`" in card and "trained on ImageNet-1k" in card
+    check_folder(folder)
+    (folder / "LICENSE.base").unlink()
+    with pytest.raises(ValueError, match=r"no LICENSE\.base"):
+        check_folder(folder)
+    save_file(weights, base)
+    with pytest.raises(SystemExit):
+        ship("--base", str(base))
+    assert "does not say where it is from" in capsys.readouterr().err
+
+
+def test_a_network_can_be_shipped_at_another_size_than_it_was_trained_at(ship):
+    folder, results = ship("--img-size", "48")
+    model = check_folder(folder)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 48, 48)
+    assert results["flops"] == exit_flops(model, (3, 48, 48))
 
 
 def test_what_a_recipe_leaves_open_a_run_may_choose(ship):

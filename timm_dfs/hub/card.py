@@ -156,6 +156,7 @@ def card(folder: Path) -> str:
         data=data,
         whole=results["last_exit_flops"],
         base_model=results.get("base_model"),
+        base_weights=results.get("base_weights"),
         versions=", ".join(f"{package} {version}" for package, version in training.get("versions", {}).items()),
         settings=_settings(training),
     )

@@ -24,6 +24,9 @@ CARD_FILE = "README.md"
 
 CURVE_FILE = "curve.svg"
 
+BASE_LICENSE_FILE = "LICENSE.base"
+"""Licence of the weights that training started from, where it has to go with them."""
+
 
 def load(name: str, **kwargs: Any) -> MultiExitModel:
     """Create a model with its weights, in eval mode, as ``timm.create_model`` does.

@@ -16,7 +16,7 @@ from ..pretrained.checks import check_config
 from ..pretrained.downloads import fetch, without_token
 from ..pretrained.packaged import CONFIG_FILE, WEIGHTS_FILE
 from .card import stale
-from .folder import CARD_FILE, CURVE_FILE, RESULTS_FILE, golden_logits, load
+from .folder import BASE_LICENSE_FILE, CARD_FILE, CURVE_FILE, RESULTS_FILE, golden_logits, load
 
 FILES = (WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, CARD_FILE, CURVE_FILE)
 """The files of a repository."""
@@ -48,6 +48,11 @@ class Published:
     others: tuple[str, ...]
 
 
+def files_of(folder: Path) -> tuple[str, ...]:
+    """The files of a folder's repository: :data:`FILES`, and the licence of its base weights if it has one."""
+    return (*FILES, BASE_LICENSE_FILE) if (folder / BASE_LICENSE_FILE).is_file() else FILES
+
+
 def check_folder(folder: Path) -> MultiExitModel:
     """Load a folder's model after all checks that need no network.
 
@@ -64,6 +69,8 @@ def check_folder(folder: Path) -> MultiExitModel:
     model = load(f"local-dir:{folder}")
     if model.num_exits != len(results["flops"]):
         raise ValueError(f"{folder}'s network has {model.num_exits} exits, its results {len(results['flops'])}.")
+    if "base_weights" in results and BASE_LICENSE_FILE not in files_of(folder):
+        raise ValueError(f"{folder} has no {BASE_LICENSE_FILE}, the licence of the weights that training started from.")
     if old := stale(folder):
         raise ValueError(f"{' and '.join(old)} in {folder} do not match its results; run 'timm-dfs card {folder}'.")
     found, recorded = (torch.tensor(logits) for logits in (golden_logits(model), results["golden_logits"]))
@@ -109,6 +116,7 @@ def publish(
     if private and not before.private:
         raise ValueError(f"{repo} exists and is public; make it private on the Hub first, or leave out --private.")
     remote = {file.rfilename for file in before.siblings or ()}
+    files = files_of(folder)
     name = json.loads((folder / CONFIG_FILE).read_text())["architecture"]
     with tempfile.TemporaryDirectory() as cache:
         if CONFIG_FILE in remote:
@@ -120,7 +128,7 @@ def publish(
     with _in_words(f"Uploading to {repo}"):
         commit = api.create_commit(
             repo,
-            [CommitOperationAdd(file, folder / file) for file in FILES],
+            [CommitOperationAdd(file, folder / file) for file in files],
             commit_message=f"Publish {name}",
             revision=revision,
             parent_commit=before.sha,
@@ -133,7 +141,7 @@ def publish(
         raise type(error)(
             f"{repo} is at commit {commit}, but reading it back failed: {error} Run this again."
         ) from None
-    others = sorted(remote - {*FILES, ".gitattributes"})
+    others = sorted(remote - {*files, ".gitattributes"})
     return Published(repo, commit, changed, tuple(others))
 
 

@@ -66,7 +66,8 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
         training = results["training"]
         epochs = int(training["epochs"])
         samples, recipe, hardware = int(training["samples"]), training["recipe"], training["hardware"]
-        base = f", from the weights of {results['base_model']}" if results.get("base_model") else ""
+        start = results.get("base_model") or results.get("base_weights", {}).get("source")
+        base = f", from the weights of {start}" if start else ""
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"Cannot read how the weights were trained from {folder / RESULTS_FILE} ({type(error).__name__}: {error}); "

@@ -63,8 +63,9 @@ def main():
     macs = dict(zip(json.loads(about[EARLY]["exits"]), json.loads(about[EARLY]["exit_macs"])))
     macs[LAST] = int(about[LAST]["last_exit_macs"])
     start(port=args.port)
+    name = args.dataset.rpartition("/")[2]
     lines = [
-        f"`{args.model}`, preset `{args.policy}`, {args.images} images of {args.dataset.rpartition('/')[2]}, {args.split}; "
+        f"`{args.model}`, preset `{args.policy}`, {args.images} images of {name}, {args.split}; "
         f"{processor()}, {os.cpu_count()} cores; onnxruntime {onnxruntime.__version__}, ray {ray.__version__}. "
         f"Medians of {args.rounds} interleaved rounds of {args.requests} requests.\n",
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}",

@@ -1,4 +1,4 @@
-"""The deployment page's C++ program and web page run as printed and predict as ``predict`` does."""
+"""The deployment page's C++ program and web page predict as ``predict`` does; its Triton configuration is valid."""
 
 import functools
 import http.server
@@ -21,7 +21,7 @@ from timm_dfs.export import export_onnx
 pytest.importorskip("onnx", reason="needs the extra deploy")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra deploy")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*look untrained")]
 
 POLICY = timm_dfs.ExitPolicy([0.93, 0.985, 0.0])
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -69,6 +69,27 @@ def test_the_cpp_snippet_compiles_without_warnings_and_predicts_as_the_package_d
     logits = np.array([row[1:] for row in rows], float)
     assert logits.shape == (16, CLASSES)
     assert_as_predicted([int(row[0]) for row in rows], logits, expected[-1])
+
+
+def test_the_triton_configuration_is_valid_and_names_what_the_file_has(folder):
+    for module in ("tritonclient", "rapidjson"):
+        pytest.importorskip(module, reason="needs tritonclient[grpc], which defines the configuration's fields")
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
+
+    config = text_format.Parse(snippet("protobuf"), ModelConfig())
+    session = onnxruntime.InferenceSession(folder / "exported" / "model.onnx")
+    types = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
+    for given, tensors in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [(each.name, DataType.Name(each.data_type)) for each in given] == [
+            (tensor.name, types[tensor.type]) for tensor in tensors
+        ]
+        for each, tensor in zip(given, tensors):
+            shape = each.reshape.shape if each.HasField("reshape") else each.dims
+            expected = [
+                100 if size == CLASSES else size for size in tensor.shape[1:]
+            ]  # the page's network has 100 classes
+            assert isinstance(tensor.shape[0], str) and list(shape) == expected  # the first is the batch
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -88,8 +88,16 @@ def main():
     lines.append(f"\nThe ratio of multiply-adds is {ratio:.2f}.")
     print(lines[-1])
     if args.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text("\n".join([before + BEGIN, *lines, ""]) + "\n" + END + rest.partition(END)[2])
+        PAGE.write_text(written(PAGE.read_text(), lines))
+
+
+def written(page, lines):
+    """A page with the lines in place of what is between its marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{PAGE.name} lacks the lines {BEGIN!r} and {END!r}; put them where the figures belong.")
+    return "\n".join([before + begin, *lines, "", end + after])
 
 
 def exported(args, policy):

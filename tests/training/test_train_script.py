@@ -79,6 +79,7 @@ TRAINED = {
     "layer decay": ("--layer-decay", "0.8", "--opt", "adamw"),
     "checkpointing": ("--grad-checkpointing",),
     "joint": model_kwargs(beta="joint"),
+    "a beta for each exit": model_kwargs(beta="[0.5,0.9]"),
     "weights": model_kwargs(loss_weights="(1,0.5,1)"),
     "distillation": model_kwargs(distill_weight=0.3, distill_feature_weight=0.03),
     "equilibrium": model_kwargs(gradient_equilibrium=True),
@@ -104,6 +105,7 @@ REFUSED = {
     "TorchScript": (("--torchscript",), "TorchScript"),
     "accumulation of aggregates": ((*model_kwargs(aggregator="UPGrad"), "--grad-accum-steps", "2"), "accumulated"),
     "an unknown aggregator": (model_kwargs(aggregator="pcgrad"), "'PCGrad'"),
+    "betas of the wrong number": (model_kwargs(beta="[0.5]"), "2 early exits"),
     "weights of the wrong number": (model_kwargs(loss_weights="(1,1)"), "loss_weights has 2 entries"),
     "a flag of other networks": (("--drop-path", "0.1"), "drop_path_rate"),
 }

@@ -14,7 +14,16 @@ from .arguments import check_names
 from .equilibrium import balance
 from .heads import Classifiers, ExitHead
 from .objective import SETTINGS, Objective
-from .partition import Onward, Partition, PartitionedConv2d, check_beta, check_referencing, records_gradients
+from .partition import (
+    Betas,
+    Onward,
+    Partition,
+    PartitionedConv2d,
+    beta_of_each,
+    check_betas,
+    check_referencing,
+    records_gradients,
+)
 from .presets import presets_as_json
 from .rows import take
 
@@ -47,7 +56,8 @@ class MultiExitModel(nn.Module):
         num_classes: Classes; 0 for pooled features.
         in_chans: Image channels.
         drop_rate: Dropout rate before each classifier.
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit, shallow to deep; ``"joint"`` for
+            joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``, see :class:`timm_dfs.Partition`.
         presets: Named operating points fitted to the weights.
 
@@ -75,7 +85,7 @@ class MultiExitModel(nn.Module):
         num_classes: int,
         in_chans: int,
         drop_rate: float,
-        beta: float | str | None,
+        beta: Betas | None,
         referencing: str,
         presets: dict[str, dict] | None,
     ):
@@ -85,7 +95,7 @@ class MultiExitModel(nn.Module):
                 "TorchScript (scriptable=True, train.py's --torchscript) does not support networks with exits; use "
                 "torch.compile (--torchcompile) or torch.export."
             )
-        self.beta = check_beta(beta)
+        self.beta = check_betas(beta)
         check_referencing(referencing)
         if in_chans < 1:
             raise ValueError(f"in_chans is {in_chans}; give at least 1.")
@@ -106,8 +116,8 @@ class MultiExitModel(nn.Module):
         """Set the heads, shallow to deep, and a partition for each early exit, of the sizes in ``feature_info``."""
         self.heads = nn.ModuleList(heads)
         self.partitions = nn.ModuleList(
-            Partition(info["num_chs"], self.beta, self.referencing, in_parts=self.takes_parts)
-            for info in self.feature_info[:-1]
+            Partition(info["num_chs"], beta, self.referencing, in_parts=self.takes_parts)
+            for info, beta in zip(self.feature_info, beta_of_each(self.beta, len(heads) - 1))
         )
         self.num_features = heads[-1].in_features
         self.head_hidden_size = heads[-1].num_features

@@ -167,7 +167,8 @@ def _regime(arguments: dict[str, Any], training: dict[str, Any]) -> str:
         return "whose heads alone were trained, on a frozen backbone"
     if arguments["beta"] == "joint":
         return "trained jointly (no partition)"
-    return f"trained with Deep Feature Surgery (beta {arguments['beta']}, referencing {arguments['referencing']})"
+    beta, referencing = _described(arguments["beta"]), arguments["referencing"]
+    return f"trained with Deep Feature Surgery (beta {beta}, referencing {referencing})"
 
 
 def _how_trained(training: dict[str, Any]) -> str:

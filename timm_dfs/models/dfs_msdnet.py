@@ -25,6 +25,7 @@ from torch import nn
 
 from ..base.heads import ExitHead
 from ..base.model import MultiExitModel
+from ..base.partition import Betas
 from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
 from ._builder import build_model, pretrained_cfgs
 
@@ -89,7 +90,7 @@ class MSDNet(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier (0.5 in the official DFS code).
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
         referencing: ``"one_sided"`` (official), ``"two_sided"`` or ``"off"``.
         exits: Number of exits [nBlocks].
         base: Layers before the first exit [base].
@@ -121,7 +122,7 @@ class MSDNet(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.5,
-        beta: float | str | None = 0.5,
+        beta: Betas | None = 0.5,
         referencing: str = "one_sided",
         exits: int = 7,
         base: int = 4,

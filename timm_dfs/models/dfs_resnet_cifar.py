@@ -18,6 +18,7 @@ from torch import nn
 
 from ..base.heads import ExitHead
 from ..base.model import MultiExitModel
+from ..base.partition import Betas
 from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
 from ._builder import build_model, pretrained_cfgs
 
@@ -57,7 +58,7 @@ class ExitResNetCifar(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier.
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
         referencing: ``"two_sided"`` (official), ``"one_sided"`` or ``"off"``.
         layers: Blocks in each stage.
         channels: Width of each stage.
@@ -75,7 +76,7 @@ class ExitResNetCifar(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        beta: float | str | None = 0.5,
+        beta: Betas | None = 0.5,
         referencing: str = "two_sided",
         layers: Sequence[int] = (2, 2, 2, 2),
         channels: Sequence[int] = (64, 128, 256, 512),

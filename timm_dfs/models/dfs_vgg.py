@@ -15,7 +15,7 @@ from torch import nn
 
 from ..base.heads import ExitHead
 from ..base.model import MultiExitModel
-from ..base.partition import Onward, PartitionedConv2d
+from ..base.partition import Betas, Onward, PartitionedConv2d
 from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
 from ._builder import build_model, pretrained_cfgs
 
@@ -45,7 +45,7 @@ class ExitVGG(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier.
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
         referencing: ``"two_sided"`` (official), ``"one_sided"`` or ``"off"``.
         depths: Convolutions in each block.
         widths: Channels of each block.
@@ -65,7 +65,7 @@ class ExitVGG(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        beta: float | str | None = 0.5,
+        beta: Betas | None = 0.5,
         referencing: str = "two_sided",
         depths: Sequence[int] = (2, 2, 2),
         widths: Sequence[int] = (64, 128, 256),

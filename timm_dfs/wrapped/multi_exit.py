@@ -10,7 +10,7 @@ from torch import nn
 from ..base.evaluating import BATCH, on_shapes
 from ..base.heads import Classifiers, check_num_classes
 from ..base.model import MultiExitModel, Reader, Visitor, refuse_reentrant
-from ..base.partition import Onward, Partition
+from ..base.partition import Betas, Onward, Partition, beta_of_each
 from ..base.rows import take
 from .active_samples import ActiveSamples
 from .exit_points import choose, probe, stages
@@ -34,7 +34,7 @@ class MultiExit(MultiExitModel):
         backbone: A timm model, with its weights.
         exits: Number of exits, the last included, spread evenly over the backbone's stages; or the names of the modules
             after which the early exits are attached, shallow to deep. By default 4, or as many as there are stages.
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
         head: ``"auto"``, ``"linear"``, ``"conv"`` or ``"wide"``, see
             :func:`~timm_dfs.wrapped.feature_heads.feature_head`.
@@ -61,7 +61,7 @@ class MultiExit(MultiExitModel):
         self,
         backbone: nn.Module,
         exits: int | Sequence[str] | None = None,
-        beta: float | str | None = 0.5,
+        beta: Betas | None = 0.5,
         referencing: str = "two_sided",
         head: str = "auto",
         drop_rate: float = 0.0,
@@ -94,7 +94,10 @@ class MultiExit(MultiExitModel):
             )
             for point in points
         )
-        self.partitions = nn.ModuleList(Partition(point.channels, beta, referencing, point.dim) for point in points)
+        self.partitions = nn.ModuleList(
+            Partition(point.channels, of_exit, referencing, point.dim)
+            for point, of_exit in zip(points, beta_of_each(self.beta, len(points)))
+        )
         self.feature_info = [
             dict(module=f"backbone.{point.module}", num_chs=point.channels, reduction=point.reduction)
             for point in points

@@ -163,6 +163,11 @@ def card(folder: Path) -> str:
 
 def _regime(arguments: dict[str, Any], training: dict[str, Any]) -> str:
     """The way a network was trained, as a participle after "a network"."""
+    chain = arguments.get("chain")
+    return _partition(arguments, training) + (f", with chained exits (chain {_described(chain)})" if chain else "")
+
+
+def _partition(arguments: dict[str, Any], training: dict[str, Any]) -> str:
     if training.get("objective", {}).get("train_backbone") is False:
         return "whose heads alone were trained, on a frozen backbone"
     if arguments["beta"] == "joint":

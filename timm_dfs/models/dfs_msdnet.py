@@ -109,6 +109,7 @@ class MSDNet(MultiExitModel):
         reduction: Share of channels that a transition keeps; 0 for no transitions [reduction].
         head_width: Width of the heads' convolutions; 0 for the feature's own.
         presets: Named operating points fitted to these weights.
+        chain: Share in [0, 1] of the previous exit's logits that an exit adds to its own (BoostNet); 0: none.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -138,10 +139,11 @@ class MSDNet(MultiExitModel):
         reduction: float = 0.5,
         head_width: int = 128,
         presets: dict[str, dict] | None = None,
+        chain: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets)
+        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets, chain)
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         _check_choice("stem", stem, _STEMS)
         _check_choice("step_mode", step_mode, ("even", "lin_grow"))

@@ -63,6 +63,7 @@ class ExitResNetCifar(MultiExitModel):
         layers: Blocks in each stage.
         channels: Width of each stage.
         presets: Named operating points fitted to these weights.
+        chain: Share in [0, 1] of the previous exit's logits that an exit adds to its own (BoostNet); 0: none.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -81,10 +82,11 @@ class ExitResNetCifar(MultiExitModel):
         layers: Sequence[int] = (2, 2, 2, 2),
         channels: Sequence[int] = (64, 128, 256, 512),
         presets: dict[str, dict] | None = None,
+        chain: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets)
+        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets, chain)
         if len(layers) != len(channels) or min(layers, default=0) < 1 or min(channels, default=0) < 1:
             raise ValueError(
                 f"layers {tuple(layers)} and channels {tuple(channels)} must hold one positive number per stage."

@@ -50,6 +50,7 @@ class ExitVGG(MultiExitModel):
         depths: Convolutions in each block.
         widths: Channels of each block.
         presets: Named operating points fitted to these weights.
+        chain: Share in [0, 1] of the previous exit's logits that an exit adds to its own (BoostNet); 0: none.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -70,10 +71,11 @@ class ExitVGG(MultiExitModel):
         depths: Sequence[int] = (2, 2, 2),
         widths: Sequence[int] = (64, 128, 256),
         presets: dict[str, dict] | None = None,
+        chain: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets)
+        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets, chain)
         if len(depths) != len(widths) or min(depths, default=0) < 1 or min(widths, default=0) < 1:
             raise ValueError(
                 f"depths {tuple(depths)} and widths {tuple(widths)} must hold one positive number per block."

@@ -155,6 +155,7 @@ def card(folder: Path) -> str:
         largest_losses=results.get("largest_losses"),
         data=data,
         whole=results["last_exit_flops"],
+        chained=bool(arguments.get("chain")),
         base_model=results.get("base_model"),
         versions=", ".join(f"{package} {version}" for package, version in training.get("versions", {}).items()),
         settings=_settings(training),

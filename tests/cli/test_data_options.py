@@ -66,6 +66,16 @@ def test_model_arguments_follow_one_option(folder):
     assert data["beta"] == 0.25 and len(data["exits"]) == 2
 
 
+def test_every_exit_can_be_given_a_beta(folder):
+    shown = run("info", "dfs_vgg7_cifar100", "--model-kwargs", "beta=[0.25,0.9]", "depths=(1, 2)", "widths=(4, 4)")
+    assert "beta (0.25, 0.9), referencing two_sided, weights" in " ".join(shown.stdout.split())
+
+
+def test_info_says_that_exits_are_chained(folder):
+    shown = run("info", "dfs_vgg7_cifar100", "--model-kwargs", "chain=0.5", "depths=(1, 2)", "widths=(4, 4)")
+    assert "referencing two_sided, chain 0.5, weights" in " ".join(shown.stdout.split())
+
+
 def test_flags_of_timms_scripts_stay_as_given(tmp_path):
     (tmp_path / "validate.py").write_text("import sys; print(sys.argv[1:])")
     shown = run("timm", tmp_path / "validate.py", "--mean", "0", "0", "0")

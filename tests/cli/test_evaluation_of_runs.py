@@ -64,6 +64,8 @@ FLAGS = {
     "compiled": ("--torchcompile", "eager"),
     "channels last": ("--channels-last",),
     "epsilon of batch norm": ("--model", "dfs_test_efficientnet", "--model-kwargs", "exits=3", "--bn-eps", "0.1"),
+    "chained exits": ("--model-kwargs", *MSDNET, "chain=0.5", "beta=[0.5,0.9]"),
+    "chained exits of a twin": ("--model", "dfs_test_resnet", "--model-kwargs", "exits=3", "chain=0.5", "--model-ema"),
     "twin of another size": ("--model", "dfs_test_resnet", "--model-kwargs", "exits=2", "--img-size", "64"),
 }
 

@@ -35,7 +35,8 @@ def trace_once(traced, monkeypatch):
     original = network.trace
 
     def trace(model, input_size, opset):
-        key = type(model).__name__, input_size, opset, sum(p.double().sum().item() for p in model.parameters())
+        weights = sum(p.double().sum().item() for p in model.parameters())
+        key = type(model).__name__, input_size, opset, weights, model.chain
         if key not in traced:
             traced[key] = original(model, input_size, opset)
         return traced[key]
@@ -130,6 +131,24 @@ def test_other_networks_are_exported_as_well(make, layout, tmp_path):
     assert_same(
         runner(tmp_path / "out", layout, model.num_exits)(batch.numpy(), floats(policy)), predict(model, batch, policy)
     )
+
+
+@pytest.mark.parametrize("never", [(), (0,), (1,)], ids=str)
+@pytest.mark.parametrize("layout", ["graph", "stages", "last"])
+@pytest.mark.parametrize("make", [tiny_msdnet, tiny_resnet, twin], ids=["msdnet", "resnet", "twin"])
+def test_chained_exits_predict_in_the_file_as_they_do_in_predict(make, layout, never, tmp_path):
+    torch.manual_seed(0)
+    model = with_biases(settled(make(chain=0.5)) if make is not twin else make(chain=0.5).eval())
+    batch = images(8, 16 if make is not twin else 64, seed=3)
+    policy = spread(model, batch, never=never) if layout != "last" else ExitPolicy([None, None, 0.0])
+    export_onnx(model, tmp_path / "out", None if layout == "last" else policy, layout, images=batch)
+    run = runner(tmp_path / "out", layout, model.num_exits, threads=1)
+    expected = predict(model, batch, policy)
+    assert layout == "last" or len(set(expected.exit_index.tolist())) > 1
+    assert_same(run(batch.numpy(), floats(policy)), expected)
+    for row in range(3):
+        alone = run(batch[row : row + 1].numpy(), floats(policy))
+        assert_same(alone, timm_dfs.Prediction(expected.logits[[row]], expected.exit_index[[row]]))
 
 
 @pytest.mark.parametrize("layout", ["graph", "stages"])

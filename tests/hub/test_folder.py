@@ -32,6 +32,13 @@ def test_a_written_model_loads_from_its_folder_with_settings_and_presets(tmp_pat
     assert timm_dfs.predict(again, images(), "fast").exit_index.shape == (4,)
 
 
+def test_a_written_model_keeps_the_beta_of_each_exit(tmp_path):
+    hub.write_weights(tiny_vgg(beta=(0.25, 0.9)), tmp_path)
+    assert json.loads((tmp_path / hub.CONFIG_FILE).read_text())["model_args"]["beta"] == [0.25, 0.9]
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.beta == (0.25, 0.9) and [partition.beta for partition in again.partitions] == [0.25, 0.9]
+
+
 def test_the_config_is_json_that_any_reader_takes(tmp_path):
     model = tiny_vgg()
     model.presets = {"never": dict(thresholds=[None, None, 0.0])}

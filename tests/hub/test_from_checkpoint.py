@@ -84,6 +84,8 @@ def test_a_checkpoint_becomes_a_folder_that_can_be_published(checkpoint, tmp_pat
     [
         (dict(beta="joint"), "trained jointly (no partition)"),
         (dict(beta=0.25), "trained with Deep Feature Surgery (beta 0.25, referencing two_sided)"),
+        (dict(beta=[0.25, 0.9]), "trained with Deep Feature Surgery (beta 0.25, 0.9, referencing two_sided)"),
+        (dict(beta="joint", chain=0.5), "trained jointly (no partition), with chained exits (chain 0.5)"),
         (dict(beta=0.25, train_backbone=False), "whose heads alone were trained, on a frozen backbone"),
         (dict(beta="joint", train_backbone=False), "whose heads alone were trained, on a frozen backbone"),
     ],

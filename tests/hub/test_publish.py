@@ -304,6 +304,12 @@ def test_another_network_gets_other_golden_logits_and_is_whole_too(tmp_path):
     check_folder(published(tmp_path, settled(tiny_resnet())))
     joint = settled(tiny_vgg(beta="joint", presets={"all": dict(thresholds=[0.2, 0.2, 0.0])}))
     assert check_folder(published(tmp_path / "joint", joint)).beta == "joint"
+    chained = settled(tiny_vgg(chain=0.3))
+    assert check_folder(published(tmp_path / "chained", chained)).chain == 0.3
+    for name, is_chained in dict(joint=False, chained=True).items():
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("the last exit needs all heads." in card) == is_chained
+        assert ("without the other heads" in card) == (not is_chained)
 
 
 @pytest.mark.slow

@@ -172,6 +172,23 @@ def test_losses_reach_the_channels_of_an_exit_feature_as_the_design_says(make, r
             assert not gradient[shared:].any()
 
 
+@pytest.mark.parametrize("betas", [[0.25, 0.75], (1, 0), [0.5, 1.0]], ids=str)
+def test_every_exit_can_have_a_beta_of_its_own(make, betas):
+    model = make(beta=betas, referencing="one_sided").train()
+    assert model.beta == tuple(betas)
+    assert [partition.beta for partition in model.partitions] == list(betas)
+    for (k, of), gradient in exit_feature_gradients(model).items():
+        shared = round(betas[k] * model.feature_info[k]["num_chs"])
+        if of < k:
+            assert gradient is None
+        elif of == k:
+            assert gradient[:shared].any() == (betas[k] > 0) and gradient[shared:].any() == (betas[k] < 1)
+        else:  # a deeper exit's gradient passes every exit point between
+            passes = all(beta > 0 for beta in betas[k:of])
+            assert (gradient is not None and bool(gradient[:shared].any())) == passes
+            assert gradient is None or not gradient[shared:].any()
+
+
 def test_shared_channels_get_no_gradient_from_an_early_exit_when_two_sided():
     model = tiny_vgg(beta=0.5, referencing="two_sided").train()
     model(images())[1].sum().backward()
@@ -650,11 +667,20 @@ def test_stages_that_do_not_fit_are_refused_with_their_numbers(make, settings):
     assert all(str(tuple(value)) in str(error.value) for value in settings.values())
 
 
-@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, True])
+@pytest.mark.parametrize(
+    "beta", [-0.1, 1.1, math.nan, True, [0.5, 1.1], [0.5, math.nan], [0.5, True], ["0.5", "0.9"], [0.5, None]], ids=str
+)
 def test_a_bad_beta_is_refused_through_timm_too(make, beta):
     with pytest.raises(ValueError, match="beta is ") as error:
         make(beta=beta)
     assert repr(beta) in str(error.value)
+
+
+@pytest.mark.parametrize("beta", [[], [0.5], [0.5, 0.5, 0.5]], ids=str)
+def test_betas_for_another_number_of_exits_are_refused_by_both_numbers(make, beta):
+    with pytest.raises(ValueError, match=r"beta is .*give one for each of this network's 2 early exits") as error:
+        make(beta=beta)
+    assert repr(beta) in str(error.value) and f"{len(beta)} numbers" in str(error.value)
 
 
 class AllExits(nn.Module):

@@ -269,6 +269,12 @@ def test_model_args_are_those_that_rebuild_the_model(tmp_path):
     assert args["beta"] == 0.25 and args["referencing"] == "two_sided" and args["exits"] == ["layer2", "layer3"]
 
 
+def test_a_twin_loaded_again_has_the_beta_of_each_exit(tmp_path):
+    save_for_hf(twin(beta=[0.25, 0.9]), tmp_path, model_args=dict(exits=3))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.beta == (0.25, 0.9) and [partition.beta for partition in again.partitions] == [0.25, 0.9]
+
+
 def test_a_model_loaded_with_other_classes_drops_its_presets(tmp_path):
     model = twin()
     model.presets = {"fast": dict(thresholds=[0.9, 0.8, 0.0], confidence="max_prob")}

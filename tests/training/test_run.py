@@ -41,6 +41,12 @@ def test_joint_training_is_told_from_the_default_beta(tmp_path):
     assert "beta" not in plain.model_args
 
 
+def test_what_determines_the_logits_is_kept(tmp_path):
+    settings = dict(beta=[0.5, 0.9], referencing="off", chain=0.5)
+    run = read_run(save(tmp_path / "last.pth.tar", args=argparse.Namespace(**dict(ARGS, model_kwargs=settings))))
+    assert settings.items() <= run.model_args.items()
+
+
 def test_what_was_for_training_only_is_left_out(tmp_path):
     run = read_run(save(tmp_path / "last.pth.tar", args=argparse.Namespace(**ARGS)))
     assert "aggregator" not in run.model_args

@@ -8,6 +8,7 @@ import torch
 from helpers import CLASSES, TINY, images, same_weights, tiny_msdnet, tiny_resnet, tiny_vgg
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.task import (
     ClassificationTask,
@@ -162,6 +163,11 @@ def test_timms_ways_to_clip_clip(make, mode):
 # timm's knowledge distillation.
 
 
+def teacher(**kwargs):
+    torch.manual_seed(1)
+    return timm.create_model("test_resnet", **{"num_classes": CLASSES, **kwargs}).eval()
+
+
 KNOWLEDGE = {
     "logit": lambda student: LogitDistillationTask(student, timm.create_model("test_resnet", num_classes=CLASSES)),
     "feature": lambda student: FeatureDistillationTask(student, timm.create_model("test_resnet", num_classes=CLASSES)),
@@ -173,10 +179,112 @@ KNOWLEDGE = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.parametrize("kind", KNOWLEDGE)
-def test_an_external_teacher_is_refused_with_the_remedy(kind, wrap):
-    with pytest.raises(ValueError, match=r"3 exits.*--kd-model-name.*distill_weight"):
+@pytest.mark.parametrize("kind", ["feature", "token"])
+def test_distillation_that_would_teach_one_exit_is_refused_with_the_remedy(kind, wrap):
+    with pytest.raises(ValueError, match=r"3 exits.*--kd-distill-type logit.*--kd-model-name.*distill_weight"):
         KNOWLEDGE[kind](wrap(tiny_vgg()))
+
+
+def taught_loss(logits, own, of_teacher, task_weight, weight, temperature):
+    """One exit's loss by its definition: Hinton et al., arXiv 1503.02531, with timm's weights."""
+    log_ours, its = (logits / temperature).log_softmax(-1), (of_teacher / temperature).softmax(-1)
+    divergence = (its * (its.log() - log_ours)).sum(-1).mean()
+    return task_weight * own + weight * temperature**2 * divergence
+
+
+WEIGHTS = {  # timm's flags, and the weights of task and distillation that they mean
+    "neither": (dict(), 1.0, 1.0),
+    "task": (dict(task_loss_weight=0.3), 0.3, 0.7),
+    "distillation": (dict(distill_loss_weight=2.0), 1.0, 2.0),
+    "both": (dict(task_loss_weight=0.5, distill_loss_weight=2.0), 0.5, 2.0),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_another_network_teaches_every_exit(weights, wrap):
+    given, of_task, of_teacher = WEIGHTS[weights]
+    model, outside = tiny_vgg(loss_weights=[1, 2, 0.5], chain=0.5).train(), teacher()
+    task = LogitDistillationTask(wrap(model), outside, nn.CrossEntropyLoss(), temperature=3.0, verbose=False, **given)
+    result = task(images(size=32), LABELS)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    its_mean, its_std = (torch.tensor(outside.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    expected = outside((images(size=32) * std + mean - its_mean) / its_std).detach()
+    losses = [
+        taught_loss(logits, nn.functional.cross_entropy(logits, LABELS), expected, of_task, of_teacher, 3.0)
+        for logits in result["output"]
+    ]
+    assert len(losses) == 3
+    assert torch.allclose(result["loss"], losses[0] + 2 * losses[1] + 0.5 * losses[2], rtol=1e-4)
+    result["loss"].backward()
+    assert all(head.fc.weight.grad.any() for head in model.heads)
+    assert all(parameter.grad is None for parameter in outside.parameters())
+
+
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
+def test_a_teacher_and_the_last_exit_can_teach_together(make):
+    model = make(drop_rate=0.0, distill_weight=0.3, distill_feature_weight=0.1).train()
+    task = LogitDistillationTask(model, outside := teacher(), nn.CrossEntropyLoss(), temperature=2.0, verbose=False)
+    result = task(images(size=32), LABELS)
+    own = ExitsLoss(nn.CrossEntropyLoss(), model.objective).of_each_exit(result["output"], LABELS)
+    its = outside(task.teacher.normalize_input(images(size=32), task.student_mean, task.student_std)).detach()
+    expected = sum(taught_loss(logits, loss, its, 1.0, 1.0, 2.0) for logits, loss in zip(result["output"], own))
+    assert torch.allclose(result["loss"], expected, rtol=1e-4)
+
+
+def test_an_aggregator_gets_the_gradients_of_the_taught_losses():
+    pytest.importorskip("torchjd", reason="needs the extra aggregation")
+    plain = tiny_vgg().train()
+    model = same_weights(plain, tiny_vgg(aggregator="UPGrad"))
+    for network in (plain, model):
+        LogitDistillationTask(network, teacher(), verbose=False)(images(size=32), LABELS)["loss"].backward()
+    for head, other in zip(plain.heads, model.heads):  # one exit trains each: no aggregate
+        assert torch.allclose(head.fc.weight.grad, other.fc.weight.grad, atol=1e-6)
+
+
+def test_in_eval_mode_the_last_exit_is_compared_with_the_teacher():
+    model = tiny_vgg().eval()
+    task = LogitDistillationTask(model, outside := teacher(), nn.CrossEntropyLoss(), temperature=1.0, verbose=False)
+    result = task(images(size=32), LABELS)
+    its = outside(task.teacher.normalize_input(images(size=32), task.student_mean, task.student_std)).detach()
+    logits = model(images(size=32))
+    own = nn.functional.cross_entropy(logits, LABELS)
+    assert torch.allclose(result["loss"], taught_loss(logits, own, its, 1.0, 1.0, 1.0), rtol=1e-4)
+
+
+def test_a_teacher_of_other_classes_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"trained on 7 classes, and this network has 5; give a teacher"):
+        LogitDistillationTask(tiny_vgg(), teacher(num_classes=7), verbose=False)
+
+
+@pytest.mark.parametrize("named", ["a network of timm's", "a network with exits"])
+def test_a_teacher_from_a_folder_keeps_its_classes_or_is_refused(named, tmp_path):
+    outside = teacher() if named == "a network of timm's" else tiny_vgg().eval()
+    outside.pretrained_cfg["num_classes"] = CLASSES
+    save_for_hf(outside, tmp_path, model_args={} if outside.num_features > 8 else dict(depths=[1, 2], widths=[6, 8]))
+    task = LogitDistillationTask(tiny_vgg(), f"local-dir:{tmp_path}", temperature=2.0, verbose=False)
+    assert torch.allclose(task.teacher(images(size=32)), outside(images(size=32)), atol=1e-5)
+    with pytest.raises(ValueError, match=r"trained on 5 classes, and this network has 6; give a teacher"):
+        LogitDistillationTask(tiny_vgg(num_classes=6), f"local-dir:{tmp_path}", verbose=False)
+
+
+class Anonymous(nn.Module):
+    """A network that does not say how many classes it has."""
+
+    def forward(self, x):
+        return x.new_zeros(len(x), 1)
+
+
+def test_teachers_logits_of_another_shape_are_refused_when_they_are_seen():
+    task = LogitDistillationTask(tiny_vgg().train(), Anonymous(), verbose=False)
+    with pytest.raises(ValueError, match=r"teacher's logits have shape \(4, 1\), the network's \(4, 5\)"):
+        task(images(size=32), LABELS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature of the distillation is"):
+        LogitDistillationTask(tiny_vgg(), teacher(), temperature=temperature, verbose=False)
 
 
 @pytest.mark.parametrize(

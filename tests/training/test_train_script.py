@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 
 import timm_dfs  # noqa: F401  registers the models
 
@@ -79,6 +80,10 @@ TRAINED = {
     "layer decay": ("--layer-decay", "0.8", "--opt", "adamw"),
     "checkpointing": ("--grad-checkpointing",),
     "joint": model_kwargs(beta="joint"),
+    "a beta for each exit": model_kwargs(beta="[0.5,0.9]"),
+    "chained": model_kwargs(beta="joint", chain=0.5, gradient_equilibrium=True),
+    "chained, EMA": (*model_kwargs(chain=0.5), "--model-ema", "--model-ema-decay", "0.5"),
+    "chained, aggregation": model_kwargs(chain=0.5, aggregator="UPGrad"),
     "weights": model_kwargs(loss_weights="(1,0.5,1)"),
     "distillation": model_kwargs(distill_weight=0.3, distill_feature_weight=0.03),
     "equilibrium": model_kwargs(gradient_equilibrium=True),
@@ -100,10 +105,11 @@ def test_every_exit_is_trained_whatever_the_flags(pictures, tmp_path, flags):
 
 
 REFUSED = {
-    "another network as teacher": (("--kd-model-name", "test_resnet"), "distill_weight"),
+    "features of another network": (("--kd-model-name", "x", "--kd-distill-type", "feature"), "distill_weight"),
     "TorchScript": (("--torchscript",), "TorchScript"),
     "accumulation of aggregates": ((*model_kwargs(aggregator="UPGrad"), "--grad-accum-steps", "2"), "accumulated"),
     "an unknown aggregator": (model_kwargs(aggregator="pcgrad"), "'PCGrad'"),
+    "betas of the wrong number": (model_kwargs(beta="[0.5]"), "2 early exits"),
     "weights of the wrong number": (model_kwargs(loss_weights="(1,1)"), "loss_weights has 2 entries"),
     "a flag of other networks": (("--drop-path", "0.1"), "drop_path_rate"),
 }
@@ -145,6 +151,30 @@ def test_two_processes_train_every_exit(pictures, tmp_path, settings):
     trained = train(pictures, tmp_path, *model_kwargs(**settings), launcher=torchrun(2))
     for k in range(NETWORK["exits"]):
         assert (trained["state_dict"][f"heads.{k}.fc.bias"] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "launcher"),
+    [
+        (("--task-loss-weight", "0.5"), ()),
+        (("--torchcompile", "eager", "--amp", "--amp-dtype", "bfloat16"), ()),
+        (model_kwargs(aggregator="UPGrad", chain=0.5), torchrun(2)),
+    ],
+    ids=["weighted", "compiled in bf16", "two processes, aggregation, chained"],
+)
+def test_another_network_teaches_every_exit(pictures, tmp_path, flags, launcher):
+    save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path / "teacher", model_args={})
+    teacher = ("--kd-model-name", f"local-dir:{tmp_path / 'teacher'}")
+    trained = train(pictures, tmp_path, *teacher, *flags, launcher=launcher)
+    for k in range(NETWORK["exits"]):
+        assert (trained["state_dict"][f"heads.{k}.fc.bias"] != 0).any()
+    assert not any("teacher" in key for key in trained["state_dict"])
+
+
+def test_a_teacher_of_other_classes_stops_with_the_reason(pictures, tmp_path):
+    save_for_hf(timm.create_model("test_resnet", num_classes=4), tmp_path / "teacher", model_args={})
+    finished = run(pictures, tmp_path, "--kd-model-name", f"local-dir:{tmp_path / 'teacher'}")
+    assert finished.returncode != 0 and "trained on 4 classes" in finished.stderr.strip().splitlines()[-1]
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(pictures, tmp_path):

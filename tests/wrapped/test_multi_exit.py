@@ -207,6 +207,29 @@ def test_the_shared_part_is_the_rounded_share_of_the_channels(size, beta, shared
     assert model.beta == beta
 
 
+@pytest.mark.parametrize("referencing", ["two_sided", "one_sided", "off"])
+def test_each_exit_feature_is_partitioned_by_its_own_beta(layout, referencing):
+    betas = [0.25, 0.75]
+    model = wrapped(layout, beta=betas, referencing=referencing).train()
+    assert model.beta == tuple(betas)
+    for (k, of), gradient in channel_gradients(model, layout).items():
+        shared = round(betas[k] * model.feature_info[k]["num_chs"])
+        if of < k:
+            assert gradient is None
+        elif of == k:
+            assert gradient[:shared].any() == (referencing == "one_sided")
+            assert gradient[shared:].all()
+        else:
+            assert gradient[:shared].any() and not gradient[shared:].any()
+
+
+@pytest.mark.parametrize("value", [[0.5], [0.5, 0.5, 0.5], [0.5, -0.1], [0.5, "0.9"], [0.5, float("nan")], [True, 0.5]])
+def test_betas_that_are_no_shares_or_not_one_for_each_early_exit_are_refused(value):
+    with pytest.raises(ValueError, match=r"beta is .*; give .*one number") as error:
+        wrapped(beta=value)
+    assert repr(value) in str(error.value)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, "half", True, float("nan")])
 def test_a_beta_outside_the_unit_interval_is_refused(value):
     with pytest.raises(ValueError, match="beta is"):

@@ -11,10 +11,20 @@ from timm.models import checkpoint, register_notrace_module
 from torch import nn
 
 from .arguments import check_names
+from .chain import ChainedVisitor, check_chain, compare_chain, note_chain
 from .equilibrium import balance
 from .heads import Classifiers, ExitHead
 from .objective import SETTINGS, Objective
-from .partition import Onward, Partition, PartitionedConv2d, check_beta, check_referencing, records_gradients
+from .partition import (
+    Betas,
+    Onward,
+    Partition,
+    PartitionedConv2d,
+    beta_of_each,
+    check_betas,
+    check_referencing,
+    records_gradients,
+)
 from .presets import presets_as_json
 from .rows import take
 
@@ -47,9 +57,13 @@ class MultiExitModel(nn.Module):
         num_classes: Classes; 0 for pooled features.
         in_chans: Image channels.
         drop_rate: Dropout rate before each classifier.
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit, shallow to deep; ``"joint"`` for
+            joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``, see :class:`timm_dfs.Partition`.
         presets: Named operating points fitted to the weights.
+        chain: Share in [0, 1] of the previous exit's logits that an exit adds to its own, in training and in eval mode
+            (BoostNet, arXiv 2211.16726), so that exits correct those before them; 0: every exit is on its own. See
+            :mod:`timm_dfs.base.chain`.
 
     Raises:
         ValueError: If a value is not one of those listed above, or timm's TorchScript mode is on.
@@ -75,9 +89,10 @@ class MultiExitModel(nn.Module):
         num_classes: int,
         in_chans: int,
         drop_rate: float,
-        beta: float | str | None,
+        beta: Betas | None,
         referencing: str,
         presets: dict[str, dict] | None,
+        chain: float = 0.0,
     ):
         super().__init__()
         if is_scriptable():
@@ -85,8 +100,9 @@ class MultiExitModel(nn.Module):
                 "TorchScript (scriptable=True, train.py's --torchscript) does not support networks with exits; use "
                 "torch.compile (--torchcompile) or torch.export."
             )
-        self.beta = check_beta(beta)
+        self.beta = check_betas(beta)
         check_referencing(referencing)
+        self.chain = check_chain(chain)
         if in_chans < 1:
             raise ValueError(f"in_chans is {in_chans}; give at least 1.")
         if not 0 <= drop_rate < 1:
@@ -101,13 +117,17 @@ class MultiExitModel(nn.Module):
         self.adapters: nn.ModuleList | None = None
         self._given_args: dict = {}
         self.register_load_state_dict_pre_hook(_without_strange_adapters)
+        self.register_load_state_dict_pre_hook(compare_chain)
+        self.register_state_dict_post_hook(note_chain)
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
         """Set the heads, shallow to deep, and a partition for each early exit, of the sizes in ``feature_info``."""
+        if self.chain and len(heads) < 2:
+            raise ValueError(f"chain is {self.chain} but needs at least two exits, and this network has one.")
         self.heads = nn.ModuleList(heads)
         self.partitions = nn.ModuleList(
-            Partition(info["num_chs"], self.beta, self.referencing, in_parts=self.takes_parts)
-            for info in self.feature_info[:-1]
+            Partition(info["num_chs"], beta, self.referencing, in_parts=self.takes_parts)
+            for info, beta in zip(self.feature_info, beta_of_each(self.beta, len(heads) - 1))
         )
         self.num_features = heads[-1].in_features
         self.head_hidden_size = heads[-1].num_features
@@ -207,9 +227,9 @@ class MultiExitModel(nn.Module):
         Args:
             x: Images (B, in_chans, H, W).
             visit: The visitor. The batch continues with the rows it returns; an empty tensor ends the walk.
-            exits: Exits to visit (all by default). No other head and no layer beyond the deepest of them is computed.
-                If empty, the backbone runs to its end.
-            read: Computes an exit's logits from its feature; :meth:`answer` by default.
+            exits: Exits to visit (all by default). No layer beyond the deepest of them is computed, and no other head
+                unless exits are chained. If empty, the backbone runs to its end.
+            read: Computes an exit's own logits from its feature; :meth:`answer` by default.
 
         Returns:
             The state where the walk ended.
@@ -217,7 +237,7 @@ class MultiExitModel(nn.Module):
         Raises:
             ValueError: If ``exits`` names an exit that the network does not have.
         """
-        exits, deepest = self.exits_to_visit(exits)
+        visit, exits, deepest = self.visits(visit, exits)
         last = self.num_exits - 1
         read = read or self.answer
         state = self.start(x)
@@ -240,8 +260,15 @@ class MultiExitModel(nn.Module):
             onward, exit_feature = balance(onward, exit_feature, self.num_exits - exit_index)
         return onward, exit_feature
 
-    def exits_to_visit(self, exits: Collection[int] | None) -> tuple[Collection[int], int]:
-        """The exits that a walk visits, and the deepest exit point that it reaches.
+    @property
+    def is_chained(self) -> bool:
+        """Whether exits add a share of the previous exit's logits to their own; pooled features are not chained."""
+        return self.chain > 0 and self.num_classes > 0
+
+    def visits(self, visit: Visitor, exits: Collection[int] | None) -> tuple[Visitor, Collection[int], int]:
+        """The visitor that a walk calls, the exits at which it does, and the deepest exit point that the walk reaches.
+
+        Chained logits need the head of every exit up to the deepest one, so that all of these are visited.
 
         Raises:
             ValueError: If ``exits`` names an exit that the network does not have.
@@ -251,14 +278,16 @@ class MultiExitModel(nn.Module):
         deepest = max(exits, default=last)
         if deepest > last or min(exits, default=0) < 0:
             raise ValueError(f"exits is {tuple(exits)}; this network's exits are numbered 0 to {last}.")
-        return exits, deepest
+        if self.is_chained and exits:
+            return ChainedVisitor(visit, exits, self.chain), range(deepest + 1), deepest
+        return visit, exits, deepest
 
     def answer(self, exit_index: int, feature: torch.Tensor) -> torch.Tensor:
-        """An exit's logits (B, num_classes) from its partitioned feature."""
+        """An exit's own logits (B, num_classes), without those before it, from its partitioned feature."""
         return self.heads[exit_index](feature)
 
     def pool_and_answer(self, exit_index: int, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pooled feature (B, width) that an exit's classifier reads, and the exit's logits (B, num_classes)."""
+        """The pooled feature (B, width) that an exit's classifier reads, and its own logits (B, num_classes)."""
         head = self.heads[exit_index]
         pooled = head.pool_and_classify(head.body(feature), pre_logits=True)
         return pooled, head.fc(pooled)
@@ -289,11 +318,16 @@ class MultiExitModel(nn.Module):
         Returns:
             In training mode, a tuple of E tensors (B, num_classes), shallow to deep; with feature distillation, one
             more tensor (E - 1,), see :meth:`forward_distances`. In eval mode, one tensor (B, num_classes); no early
-            exit's head is computed.
+            exit's head is computed, unless exits are chained.
         """
         if not self.training:
-            return self.forward_head(self.forward_features(x))
+            return self._forward_chained(x) if self.is_chained else self.forward_head(self.forward_features(x))
         return self.forward_exits(x) if self.adapters is None else self.forward_distances(x)
+
+    def _forward_chained(self, x: torch.Tensor) -> torch.Tensor:
+        logits: list[torch.Tensor] = []
+        self.walk(x, lambda _, last: logits.append(last), exits=(self.num_exits - 1,))
+        return logits[0]
 
     def forward_distances(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """All exits' logits, then each early exit's distance from the last exit's feature (E - 1,).
@@ -331,8 +365,20 @@ class MultiExitModel(nn.Module):
         return self.heads[-1].body(state[0])
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last exit's logits (B, num_classes) from the output of :meth:`forward_features`."""
+        """The last exit's logits (B, num_classes) from the output of :meth:`forward_features`.
+
+        Raises:
+            ValueError: If exits are chained, unless ``pre_logits``: the last exit's logits need those before it.
+        """
+        self._check_forward_head(pre_logits)
         return self.heads[-1].pool_and_classify(x, pre_logits=pre_logits)
+
+    def _check_forward_head(self, pre_logits: bool) -> None:
+        if self.is_chained and not pre_logits:
+            raise ValueError(
+                f"This network's exits are chained (chain={self.chain:g}), so that the last exit's logits need those "
+                "of the exits before it, which forward_features does not give; call the model or forward_exits."
+            )
 
     def get_classifier(self) -> Classifiers:
         """The classifiers of all exits, a tuple, shallow to deep."""
@@ -356,8 +402,8 @@ class MultiExitModel(nn.Module):
 
     @property
     def _model_args(self) -> dict:
-        """Arguments that timm writes into ``config.json`` to rebuild this model: the caller's, beta, referencing."""
-        ours = dict(beta=self.beta, referencing=self.referencing)
+        """Arguments that timm writes into ``config.json`` to rebuild this model: the caller's and those kept here."""
+        ours = dict(beta=self.beta, referencing=self.referencing, **({"chain": self.chain} if self.chain else {}))
         return dict(self._given_args, **ours, **({"presets": presets_as_json(self.presets)} if self.presets else {}))
 
     @_model_args.setter

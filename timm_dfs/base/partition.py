@@ -1,7 +1,9 @@
 """Feature partitioning and referencing: which losses train which channels of an exit's feature."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +23,52 @@ def check_beta(beta: float | str | None) -> float | str:
     """
     if beta is None or (isinstance(beta, str) and beta == JOINT):
         return JOINT
-    if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= beta <= 1:
+    if not _is_share(beta):
         raise ValueError(
             f"beta is {beta!r}; give a number in [0, 1] (the share of channels deeper layers may train) "
             f"or {JOINT!r} for joint training without partition."
         )
     return beta  # type: ignore[return-value]
+
+
+Betas = float | str | Sequence[float]
+"""Partition ratios of a network: one for all early exits, or a sequence with one for each of them, shallow to deep."""
+
+
+def check_betas(beta: Betas | None) -> float | str | tuple[float, ...]:
+    """The partition ratios of a network: as :func:`check_beta` has one for all exits, or a tuple with one for each.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(beta, (str, bytes)) or not isinstance(beta, Sequence):
+        return check_beta(beta)
+    if not all(map(_is_share, beta)):
+        raise ValueError(
+            f"beta is {beta!r}; give one number in [0, 1] for each early exit (the share of channels deeper layers may "
+            f"train), one number for all of them, or {JOINT!r} for joint training without partition."
+        )
+    return tuple(map(float, beta))
+
+
+def beta_of_each(beta: float | str | tuple[float, ...], early_exits: int) -> list[float | str]:
+    """The partition ratio of each early exit, shallow to deep, from what :func:`check_betas` returns.
+
+    Raises:
+        ValueError: If there are ratios for another number of exits.
+    """
+    if not isinstance(beta, tuple):
+        return [beta] * early_exits
+    if len(beta) != early_exits:
+        raise ValueError(
+            f"beta is {list(beta)}, {len(beta)} numbers; give one for each of this network's {early_exits} early exits "
+            "(the last exit has none), or one number for all of them."
+        )
+    return list(beta)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def check_referencing(referencing: str) -> None:

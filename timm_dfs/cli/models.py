@@ -76,6 +76,7 @@ def show_info(model_name: ModelName, model_kwargs: ModelKwargs = None, as_json: 
         input_size=model.pretrained_cfg["input_size"],
         beta=model.beta,
         referencing=model.referencing,
+        chain=model.chain,
         exits=[dict(exit=k, **_point(model, k), flops=cost) for k, cost in enumerate(costs)],
         presets=model.presets,
     )
@@ -84,9 +85,9 @@ def show_info(model_name: ModelName, model_kwargs: ModelKwargs = None, as_json: 
     console.print(
         f"[bold]{model_name}[/]: {data['parameters'] / 1e6:.2f} M parameters, {model.num_classes} classes, ", end=""
     )
-    console.print(
-        f"beta {model.beta}, referencing {model.referencing}, weights: {'yes' if data['weights'] else 'none yet'}"
-    )
+    chain = f", chain {model.chain:g}" if model.chain else ""
+    has = "yes" if data["weights"] else "none yet"
+    console.print(f"beta {model.beta}, referencing {model.referencing}{chain}, weights: {has}")
     table = make_table("exit", "after", "channels", "stride", "multiply-adds, M")
     for row in data["exits"]:
         point, stride = row["point"] or "the whole network", row["reduction"] or ""

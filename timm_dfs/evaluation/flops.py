@@ -210,6 +210,7 @@ def exit_flops(
         lazy: ``False``: the published convention, all that the training forward computes up to the exit.
             ``True``: what :func:`timm_dfs.predict` computes for a sample that leaves at the exit.
         heads: The earlier exits whose heads are computed, as a policy's ``answering`` names them; by default all.
+            Chained exits compute all of them in any case.
 
     Returns:
         One count per exit, shallow to deep.
@@ -231,6 +232,8 @@ def exit_flops(
 
 def last_exit_flops(model: MultiExitModel, input_size: Sequence[int] | None = None) -> int:
     """Multiply-adds for one image of the last exit without the heads before it: the network without early exits.
+
+    With chained exits the heads before it are included, because its logits need them.
 
     Args and errors as for :func:`exit_flops`.
     """

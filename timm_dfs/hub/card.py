@@ -155,6 +155,7 @@ def card(folder: Path) -> str:
         largest_losses=results.get("largest_losses"),
         data=data,
         whole=results["last_exit_flops"],
+        chained=bool(arguments.get("chain")),
         base_model=results.get("base_model"),
         base_weights=results.get("base_weights"),
         versions=", ".join(f"{package} {version}" for package, version in training.get("versions", {}).items()),
@@ -164,11 +165,17 @@ def card(folder: Path) -> str:
 
 def _regime(arguments: dict[str, Any], training: dict[str, Any]) -> str:
     """The way a network was trained, as a participle after "a network"."""
+    chain = arguments.get("chain")
+    return _partition(arguments, training) + (f", with chained exits (chain {_described(chain)})" if chain else "")
+
+
+def _partition(arguments: dict[str, Any], training: dict[str, Any]) -> str:
     if training.get("objective", {}).get("train_backbone") is False:
         return "whose heads alone were trained, on a frozen backbone"
     if arguments["beta"] == "joint":
         return "trained jointly (no partition)"
-    return f"trained with Deep Feature Surgery (beta {arguments['beta']}, referencing {arguments['referencing']})"
+    beta, referencing = _described(arguments["beta"]), arguments["referencing"]
+    return f"trained with Deep Feature Surgery (beta {beta}, referencing {referencing})"
 
 
 def _how_trained(training: dict[str, Any]) -> str:

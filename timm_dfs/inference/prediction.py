@@ -49,8 +49,9 @@ def resolve_policy(model: MultiExitModel, policy: ExitPolicy | str) -> ExitPolic
 def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) -> Prediction:
     """Classify a batch with early exit: each sample leaves at its own exit, and the active samples go on.
 
-    Nothing deeper is computed once no sample is active, and no head of an exit that is switched off. The model is
-    evaluated in eval mode and returned to the mode it was in; threads may share a model that is in eval mode.
+    Nothing deeper is computed once no sample is active, and no head of an exit that is switched off, unless exits are
+    chained. The model is evaluated in eval mode and returned to the mode it was in; threads may share a model that is
+    in eval mode.
 
     Args:
         model: A network with exits.

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..base.heads import ExitHead
 from ..base.model import MultiExitModel
+from ..base.partition import Betas
 from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
 from ._builder import build_model, pretrained_cfgs
 
@@ -89,7 +90,7 @@ class MSDNet(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier (0.5 in the official DFS code).
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
         referencing: ``"one_sided"`` (official), ``"two_sided"`` or ``"off"``.
         exits: Number of exits [nBlocks].
         base: Layers before the first exit [base].
@@ -108,6 +109,7 @@ class MSDNet(MultiExitModel):
         reduction: Share of channels that a transition keeps; 0 for no transitions [reduction].
         head_width: Width of the heads' convolutions; 0 for the feature's own.
         presets: Named operating points fitted to these weights.
+        chain: Share in [0, 1] of the previous exit's logits that an exit adds to its own (BoostNet); 0: none.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -121,7 +123,7 @@ class MSDNet(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.5,
-        beta: float | str | None = 0.5,
+        beta: Betas | None = 0.5,
         referencing: str = "one_sided",
         exits: int = 7,
         base: int = 4,
@@ -137,10 +139,11 @@ class MSDNet(MultiExitModel):
         reduction: float = 0.5,
         head_width: int = 128,
         presets: dict[str, dict] | None = None,
+        chain: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets)
+        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets, chain)
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         _check_choice("stem", stem, _STEMS)
         _check_choice("step_mode", step_mode, ("even", "lin_grow"))

@@ -23,9 +23,9 @@ from ._registry import architectures, copied, default_cfg_of, register_models
 
 PREFIX = "dfs_"
 
-_OURS = ("exits", "beta", "referencing", "head", "exit_drop_rate", "presets")
+_OURS = ("exits", "beta", "referencing", "head", "exit_drop_rate", "presets", "chain")
 
-_NOT_OF_BASES = ("exits", "beta", "referencing", "presets", *SETTINGS)
+_NOT_OF_BASES = ("exits", "beta", "referencing", "presets", "chain", *SETTINGS)
 """Arguments to which no argument of a timm model has a similar name."""
 
 
@@ -83,7 +83,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         base: timm's name of the architecture.
         pretrained: Load the exits' weights from a file, folder or Hub repository that the pretrained config names;
             without any, the base's own weights, with fresh exits and a warning.
-        **kwargs: ``exits``, ``beta``, ``referencing``, ``head``, ``exit_drop_rate`` and ``presets`` are
+        **kwargs: ``exits``, ``beta``, ``referencing``, ``head``, ``exit_drop_rate``, ``presets`` and ``chain`` are
             :class:`timm_dfs.MultiExit`'s; the settings of :class:`timm_dfs.Objective`; the rest is the base's.
 
     Raises:

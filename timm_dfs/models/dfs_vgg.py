@@ -15,7 +15,7 @@ from torch import nn
 
 from ..base.heads import ExitHead
 from ..base.model import MultiExitModel
-from ..base.partition import Onward, PartitionedConv2d
+from ..base.partition import Betas, Onward, PartitionedConv2d
 from ..data.cifar100 import PRETRAINED_CFG as CIFAR100
 from ._builder import build_model, pretrained_cfgs
 
@@ -45,11 +45,12 @@ class ExitVGG(MultiExitModel):
         in_chans: Image channels.
         global_pool: timm's global pooling type.
         drop_rate: Dropout before each classifier.
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
         referencing: ``"two_sided"`` (official), ``"one_sided"`` or ``"off"``.
         depths: Convolutions in each block.
         widths: Channels of each block.
         presets: Named operating points fitted to these weights.
+        chain: Share in [0, 1] of the previous exit's logits that an exit adds to its own (BoostNet); 0: none.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -65,15 +66,16 @@ class ExitVGG(MultiExitModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        beta: float | str | None = 0.5,
+        beta: Betas | None = 0.5,
         referencing: str = "two_sided",
         depths: Sequence[int] = (2, 2, 2),
         widths: Sequence[int] = (64, 128, 256),
         presets: dict[str, dict] | None = None,
+        chain: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets)
+        super().__init__(num_classes, in_chans, drop_rate, beta, referencing, presets, chain)
         if len(depths) != len(widths) or min(depths, default=0) < 1 or min(widths, default=0) < 1:
             raise ValueError(
                 f"depths {tuple(depths)} and widths {tuple(widths)} must hold one positive number per block."

@@ -5,6 +5,7 @@ from typing import Any
 
 from timm.models import get_arch_name
 
+from ..base.chain import KEY as CHAIN_KEY
 from ..base.model import MultiExitModel
 from ..calibration.operating_point import check_preset
 from .packaged import CONFIG_FILE
@@ -84,7 +85,8 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
     optional = {f"{name}.{part}" for name in model.pretrained_cfg["classifier"] for part in ("weight", "bias")}
     if model.num_classes > 0:  # a model without classes ignores the checkpoint's classifiers
         optional = set()
-    expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    optional.add(CHAIN_KEY)  # compared when it is loaded; weights without it may be trained further with a chain
+    expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")} - {CHAIN_KEY}
     present = {key for key in state_dict if not key.endswith("num_batches_tracked")} - optional
     problems = [
         f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
@@ -116,6 +118,7 @@ def settle_presets(model: MultiExitModel, trained: dict) -> None:
         for what, changed in (
             ("classes", model.num_classes != model.pretrained_cfg.get("num_classes")),
             ("values", (model.referencing == "off") != (trained.get("referencing", model.referencing) == "off")),
+            ("chain", model.chain != trained.get("chain", 0)),
             ("pooling", model.pool_type not in (None, trained.get("global_pool", "avg"))),
         )
         if changed

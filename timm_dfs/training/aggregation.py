@@ -7,6 +7,7 @@ from torch import distributed, nn
 
 from ..base.objective import Objective
 from .losses import Criterion, ExitsLoss
+from .teacher import TeacherTerm
 
 Aggregate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -64,15 +65,20 @@ class AggregatedExitsLoss(ExitsLoss):
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._of_model if parameter.requires_grad]
 
-    def forward(self, outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        outputs: torch.Tensor | Sequence[torch.Tensor],
+        target: torch.Tensor,
+        teacher: TeacherTerm | None = None,
+    ) -> torch.Tensor:
         if isinstance(outputs, torch.Tensor) or not torch.is_grad_enabled():
-            return super().forward(outputs, target)
+            return super().forward(outputs, target, teacher)
         if any(parameter.grad is not None and parameter.grad.any() for parameter in self._trained):
             raise ValueError(
                 f"aggregator={self.objective.aggregator!r} found gradients of an earlier batch. Aggregated gradients "
                 "cannot be accumulated over batches; train without --grad-accum-steps."
             )
-        losses = self.of_each_exit(outputs, target)
+        losses = self.of_each_exit(outputs, target, teacher)
         value = torch.stack(losses).sum().detach()
         return _WithGradient.apply(value, self._gradients(losses), *self._trained)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 from ..base.objective import Objective
+from .teacher import TeacherTerm
 
 _logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ LOG_INTERVAL = 50
 
 
 class ExitsLoss(nn.Module):
-    """Weighted sum of the exits' losses (DFS, equation 1), with distillation from the last exit if requested.
+    """Weighted sum of the exits' losses (DFS, equation 1), with distillation from the last exit or another network.
 
     Each exit's mean criterion and accuracy are logged every :data:`LOG_INTERVAL` batches, by the first process.
 
@@ -42,13 +43,16 @@ class ExitsLoss(nn.Module):
         self._batches = 0
         self._sums: list[torch.Tensor] = []
 
-    def of_each_exit(self, outputs: Sequence[torch.Tensor], target: torch.Tensor) -> list[torch.Tensor]:
+    def of_each_exit(
+        self, outputs: Sequence[torch.Tensor], target: torch.Tensor, teacher: TeacherTerm | None = None
+    ) -> list[torch.Tensor]:
         """Weighted loss of each exit, E scalars.
 
         Args:
             outputs: Outputs of a model in training mode: the exits' logits, E tensors (B, C), and with feature
                 distillation the early exits' distances from the last exit's feature (E - 1,).
             target: Targets (B,), or (B, C) if the criterion takes soft targets.
+            teacher: Distillation from another network, which is added to each exit's loss before its weight.
         """
         objective = self.objective
         logits, distances = outputs, None
@@ -57,28 +61,37 @@ class ExitsLoss(nn.Module):
         losses = [self.criterion(exit_logits, target) for exit_logits in logits]
         self._log(losses, logits, target)
         if objective.distill_weight > 0:
-            teacher = F.softmax(logits[-1].detach() / objective.distill_temperature, -1)
+            last = F.softmax(logits[-1].detach() / objective.distill_temperature, -1)
             for k, exit_logits in enumerate(logits[:-1]):
-                soft = F.cross_entropy(exit_logits / objective.distill_temperature, teacher)
+                soft = F.cross_entropy(exit_logits / objective.distill_temperature, last)
                 losses[k] = (1 - objective.distill_weight) * losses[k] + objective.distill_weight * soft
         if distances is not None:
             for k, distance in enumerate(distances):
                 losses[k] = losses[k] + objective.distill_feature_weight * distance
+        if teacher is not None:
+            losses = [teacher.added_to(loss, exit_logits) for loss, exit_logits in zip(losses, logits)]
         if objective.loss_weights is not None:
             losses = [weight * loss for weight, loss in zip(objective.loss_weights, losses, strict=True)]
         return losses
 
-    def forward(self, outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        outputs: torch.Tensor | Sequence[torch.Tensor],
+        target: torch.Tensor,
+        teacher: TeacherTerm | None = None,
+    ) -> torch.Tensor:
         """Loss, a scalar, of a model's outputs.
 
         Args:
             outputs: Outputs in training mode, as for :meth:`of_each_exit`; or, in eval mode, the last exit's logits
-                (B, C), whose loss is the criterion alone.
+                (B, C), whose loss is the criterion and the teacher's term alone.
             target: Targets, as for :meth:`of_each_exit`.
+            teacher: Distillation from another network, as for :meth:`of_each_exit`.
         """
         if isinstance(outputs, torch.Tensor):
-            return self.criterion(outputs, target)
-        return torch.stack(self.of_each_exit(outputs, target)).sum()
+            loss = self.criterion(outputs, target)
+            return loss if teacher is None else teacher.added_to(loss, outputs)
+        return torch.stack(self.of_each_exit(outputs, target, teacher)).sum()
 
     @torch.no_grad()
     def _log(self, losses: list[torch.Tensor], logits: Sequence[torch.Tensor], target: torch.Tensor) -> None:

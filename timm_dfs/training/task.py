@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from timm.task.task import TrainingTask
 from timm.utils import unwrap_model
@@ -16,6 +17,7 @@ from torch import nn
 from ..base.model import MultiExitModel
 from .aggregation import AggregatedExitsLoss
 from .losses import Criterion, ExitsLoss
+from .teacher import TeacherTerm, check_teacher
 
 
 def install() -> None:
@@ -23,9 +25,12 @@ def install() -> None:
     if getattr(ClassificationTask.__init__, "of_timm_dfs", False):
         return
     _replace(ClassificationTask, "__init__", _training_every_exit)
+    _replace(LogitDistillationTask, "__init__", _with_a_teacher)
+    _replace(LogitDistillationTask, "forward", _teaching_every_exit)
     _replace(ClassificationTask, "prepare_distributed", _without_device_ids_on_cpu)
+    _replace(LogitDistillationTask, "prepare_distributed", _without_device_ids_on_cpu)
     _replace(TrainingTask, "get_clip_parameters", _excluding_every_head)
-    for task in (LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask):
+    for task in (FeatureDistillationTask, TokenDistillationTask):
         _replace(task, "__init__", _refusing_exits)
 
 
@@ -63,6 +68,30 @@ def _training_every_exit(original: Callable) -> Callable:
     return __init__
 
 
+def _with_a_teacher(original: Callable) -> Callable:
+    def __init__(self, student_model, teacher_model, *args, **kwargs):
+        original(self, student_model, teacher_model, *args, **kwargs)
+        if (model := _with_exits(student_model)) is not None:
+            check_teacher(self.teacher.model, model, isinstance(teacher_model, str), self.temperature)
+            self.criterion = exits_loss(model, self.criterion)
+
+    return __init__
+
+
+def _teaching_every_exit(original: Callable) -> Callable:
+    def forward(self, input, target):
+        if _with_exits(self.trainable_module) is None:
+            return original(self, input, target)
+        with torch.inference_mode():
+            logits = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+        # A copy: tensors made in inference mode cannot be saved for the backward pass.
+        term = TeacherTerm(logits.clone(), self.temperature, self.distill_loss_weight, self.task_loss_weight)
+        outputs = self.trainable_module(input)
+        return dict(loss=self.criterion(outputs, target, term), output=outputs)
+
+    return forward
+
+
 def _without_device_ids_on_cpu(original: Callable) -> Callable:
     """Leave out device ids, which ``train.py`` always gives, on the CPU, where DistributedDataParallel refuses them."""
 
@@ -89,8 +118,9 @@ def _refusing_exits(original: Callable) -> Callable:
     def __init__(self, student_model, *args, **kwargs):
         if (model := _with_exits(student_model)) is not None:
             raise ValueError(
-                f"timm's {type(self).__name__} would train only one of this network's {model.num_exits} exits. Leave "
-                "out --kd-model-name; --model-kwargs distill_weight=0.3 distils the last exit into the others."
+                f"timm's {type(self).__name__} would train only one of this network's {model.num_exits} exits. Give "
+                "--kd-distill-type logit, which teaches all of them; or leave out --kd-model-name: --model-kwargs "
+                "distill_weight=0.3 distils the last exit into the others."
             )
         original(self, student_model, *args, **kwargs)
 

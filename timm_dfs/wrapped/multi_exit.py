@@ -10,7 +10,7 @@ from torch import nn
 from ..base.evaluating import BATCH, on_shapes
 from ..base.heads import Classifiers, check_num_classes
 from ..base.model import MultiExitModel, Reader, Visitor, refuse_reentrant
-from ..base.partition import Onward, Partition
+from ..base.partition import Betas, Onward, Partition, beta_of_each
 from ..base.rows import take
 from .active_samples import ActiveSamples
 from .exit_points import choose, probe, stages
@@ -27,19 +27,21 @@ class MultiExit(MultiExitModel):
     """A timm backbone with partitioned early exits; its own classifier is the last exit.
 
     The backbone keeps its weights and its code: hooks read the outputs of its modules. In eval mode ``forward`` is the
-    backbone's own. An encoder without a classifier gets one, see
+    backbone's own, unless exits are chained. An encoder without a classifier gets one, see
     :class:`~timm_dfs.wrapped.with_classifier.WithClassifier`.
 
     Args:
         backbone: A timm model, with its weights.
         exits: Number of exits, the last included, spread evenly over the backbone's stages; or the names of the modules
             after which the early exits are attached, shallow to deep. By default 4, or as many as there are stages.
-        beta: Partition ratio in [0, 1]; ``"joint"`` for joint training.
+        beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
         referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
         head: ``"auto"``, ``"linear"``, ``"conv"`` or ``"wide"``, see
             :func:`~timm_dfs.wrapped.feature_heads.feature_head`.
         drop_rate: Dropout rate before the early exits' classifiers.
         presets: Named operating points fitted to these weights.
+        chain: Share in [0, 1] of the previous exit's logits that an exit adds to its own (BoostNet); 0: none. Above 0,
+            the last exit's logits are no longer the backbone's.
 
     Raises:
         ValueError: If the backbone is not a timm model or has exits already, an exit cannot be attached at a given
@@ -61,18 +63,19 @@ class MultiExit(MultiExitModel):
         self,
         backbone: nn.Module,
         exits: int | Sequence[str] | None = None,
-        beta: float | str | None = 0.5,
+        beta: Betas | None = 0.5,
         referencing: str = "two_sided",
         head: str = "auto",
         drop_rate: float = 0.0,
         presets: dict[str, dict] | None = None,
+        chain: float = 0.0,
     ):
         _check_backbone(backbone)
         if is_encoder(backbone):
             backbone = WithClassifier(backbone)
         traits: Any = backbone  # timm's models have no class in common
         in_chans = getattr(backbone, "in_chans", None) or traits.pretrained_cfg["input_size"][0]
-        super().__init__(traits.num_classes, in_chans, drop_rate, beta, referencing, presets)
+        super().__init__(traits.num_classes, in_chans, drop_rate, beta, referencing, presets, chain)
         size = (in_chans, *_image_size(backbone))
         if exits is None:
             exits = max(2, min(DEFAULT_EXITS, len(stages(backbone))))
@@ -94,7 +97,10 @@ class MultiExit(MultiExitModel):
             )
             for point in points
         )
-        self.partitions = nn.ModuleList(Partition(point.channels, beta, referencing, point.dim) for point in points)
+        self.partitions = nn.ModuleList(
+            Partition(point.channels, of_exit, referencing, point.dim)
+            for point, of_exit in zip(points, beta_of_each(self.beta, len(points)))
+        )
         self.feature_info = [
             dict(module=f"backbone.{point.module}", num_chs=point.channels, reduction=point.reduction)
             for point in points
@@ -161,7 +167,7 @@ class MultiExit(MultiExitModel):
                 f"x is a {type(x).__name__}; exits are not supported for NaFlex patches. Give images "
                 f"(B, {self.in_chans}, H, W)."
             )
-        exits, deepest = self.exits_to_visit(exits)
+        visit, exits, deepest = self.visits(visit, exits)
         if self.grad_checkpointing and torch.is_grad_enabled():
             refuse_reentrant()
         read = read or self.answer
@@ -239,17 +245,20 @@ class MultiExit(MultiExitModel):
     # timm's model interface.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Logits: of all exits in training mode, the backbone's own in eval mode, see :meth:`MultiExitModel.forward`.
+        """Logits: of all exits in training mode, of the last exit in eval mode, see :meth:`MultiExitModel.forward`.
+
+        In eval mode they are the backbone's own, unless exits are chained.
 
         Args:
             x: Images (B, in_chans, H, W).
         """
-        return super().forward(x) if self.training else self.backbone(x)
+        return super().forward(x) if self.training or self.is_chained else self.backbone(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         return self.backbone.forward_features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        self._check_forward_head(pre_logits)
         return self.backbone.forward_head(x, pre_logits=pre_logits)
 
     def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
-from helpers import images, settled, tiny_msdnet, tiny_resnet, tiny_vgg, twin
+from helpers import BACKBONES, CLASSES, TINY, images, settled, tiny_msdnet, tiny_resnet, tiny_vgg, twin
 from typer.testing import CliRunner
 
 from timm_dfs import ExitPolicy, predict
@@ -113,13 +114,16 @@ def test_programs_give_the_exits_of_predict(msdnet, tmp_path, settings, never):
 
 
 @needs_executorch
-@pytest.mark.parametrize(
-    ("make", "size"), [(tiny_resnet, 16), (tiny_vgg, 16), (twin, 64)], ids=["resnet", "vgg", "twin"]
-)
-def test_other_networks_are_exported_as_well(make, size, tmp_path):
+@pytest.mark.parametrize("name", ["resnet", "vgg", "test_convnext", *BACKBONES])
+def test_other_networks_are_exported_as_well(name, tmp_path):
     torch.manual_seed(0)
-    model = settled(make()) if make is not twin else make().eval()
-    batch = images(6, size, seed=3)
+    if name in TINY:
+        model = settled(TINY[name]())
+    elif name in BACKBONES:
+        model = twin(name).eval()
+    else:
+        model = timm.create_model(f"dfs_{name}", exits=3, num_classes=CLASSES).eval()
+    batch = images(6, 16 if name in TINY else 64, seed=3)
     policy = spread(model, batch)
     export_executorch(model, tmp_path / "out", policy, images=batch)
     assert_same(Router(tmp_path / "out"), batch, predict(model, batch, policy))

@@ -1,5 +1,6 @@
 """Cutting a network's ``torch.export`` program at its exits, for runtimes that take such programs."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ def cut_program(model: MultiExitModel, images: torch.Tensor, exits: Sequence[int
     start = next(node for node in graph.nodes if node.op == "placeholder")
     logits: Any = graph.output_node().args[0]
     varying = _that_vary(graph, start)
+    _store_resized(whole, varying)
     taken = {start}
     parts: list[list[fx.Node]] = []
     for k in exits:
@@ -89,6 +91,25 @@ def _that_vary(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
         if not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
     return varying
+
+
+def _store_resized(whole: Any, varying: set[fx.Node]) -> None:
+    """Store resized weights, such as position embeddings, as buffers; mobile runtimes lack the antialiased resize."""
+    values: dict[fx.Node, Any] = {}
+    for node in list(whole.graph.nodes):
+        if node.op == "get_attr":
+            values[node] = operator.attrgetter(node.target)(whole)
+        elif node.op == "call_function" and node not in varying:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+            if "upsample" in str(node.target):
+                name = f"resized_{len(values)}"
+                whole.register_buffer(name, values[node].contiguous())
+                with whole.graph.inserting_before(node):
+                    stored = whole.graph.get_attr(name)
+                values[stored] = values[node]
+                node.replace_all_uses_with(stored)
 
 
 def _ancestors(node: fx.Node, taken: set[fx.Node]) -> set[fx.Node]:

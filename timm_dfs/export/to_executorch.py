@@ -121,7 +121,8 @@ def _lowered(stages: list[StageProgram], images: torch.Tensor) -> list[bytes]:
         try:
             with torch.no_grad():
                 program = torch.export.export(stage.module, inputs, strict=False)
-                values.update(zip(stage.outputs, stage.module(*inputs)[1:]))
+                states = (state.contiguous() for state in stage.module(*inputs)[1:])  # as ExecuTorch puts them out
+                values.update(zip(stage.outputs, states))
             edge = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
             programs.append(bytes(edge.to_executorch().buffer))
         except Exception as error:  # ExecuTorch raises many kinds

@@ -1,4 +1,4 @@
-"""``timm-dfs export``: ONNX files that exit early without PyTorch."""
+"""``timm-dfs export``: files that exit early without PyTorch."""
 
 import time
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import torch
 import typer
 
 from ..data.datasets import dataset_loader
-from ..export import Export, export_onnx
+from ..export import Export, export_executorch, export_onnx
 from ..export.quantize import Quantization
 from ..export.to_onnx import LAYOUTS
 from ..inference.policy import ExitPolicy
@@ -31,6 +31,11 @@ from .source import InputKey, TargetKey, data_of, tracked
 
 DYNAMIC = "dynamic"
 
+FORMATS = {"onnx": "ONNX Runtime", "executorch": "ExecuTorch"}
+"""Formats of files, and the runtimes that verify them."""
+
+OPSET = 18
+
 
 @command("export")
 def export_model(
@@ -45,7 +50,13 @@ def export_model(
             "network without early exits."
         ),
     ] = LAYOUTS[0],
-    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 18,
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format", help="onnx; or executorch, only with --layout stages: programs that take one image at a time."
+        ),
+    ] = next(iter(FORMATS)),
+    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
     batch_size: Annotated[str, typer.Option(help=f"{DYNAMIC}, or the only number of images it takes.")] = DYNAMIC,
     softmax: Annotated[bool, typer.Option("--softmax", help="Put out probabilities instead of logits.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8; needs --calibration.")] = False,
@@ -66,11 +77,15 @@ def export_model(
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export to ONNX with early exit inside, and verify the files against timm_dfs.predict."""
+    """Export to ONNX or ExecuTorch with early exit, and verify the files against timm_dfs.predict."""
+    if file_format not in FORMATS:
+        raise ValueError(f"--format is {file_format!r}; choose one of {', '.join(FORMATS)}.")
     if batch_size != DYNAMIC and not batch_size.isdigit():
         raise ValueError(f"--batch-size is {batch_size!r}; give {DYNAMIC} or a number of images.")
     if int8 != (calibration is not None):
         raise ValueError("Give --int8 and --calibration together: int8 needs images to fit its ranges to.")
+    if file_format == "executorch":
+        _check_executorch(layout, opset, batch_size, softmax, int8)
     model = create(model_name, has_weights(model_name), checkpoint, model_kwargs)
     chosen: ExitPolicy | str | None = None
     if layout == "last":
@@ -96,23 +111,44 @@ def export_model(
         images, targets = (torch.cat(parts) for parts in zip(*tracked(loader, calibration)))
         data = images, targets
     start = time.perf_counter()
-    result = export_onnx(
-        model,
-        output,
-        chosen,
-        layout,
-        opset=opset,
-        batch_size=None if batch_size == DYNAMIC else int(batch_size),
-        softmax=softmax,
-        calibration=data,
-    )
+    if file_format == "executorch":
+        result = export_executorch(model, output, chosen)
+    else:
+        result = export_onnx(
+            model,
+            output,
+            chosen,
+            layout,
+            opset=opset,
+            batch_size=None if batch_size == DYNAMIC else int(batch_size),
+            softmax=softmax,
+            calibration=data,
+        )
     seconds = time.perf_counter() - start
     if as_json:
         return print_json(dict(asdict(result), folder=str(result.folder), seconds=seconds))
-    _report(result, seconds)
+    _report(result, seconds, FORMATS[file_format])
 
 
-def _report(result: Export, seconds: float) -> None:
+def _check_executorch(layout: str, opset: int, batch_size: str, softmax: bool, int8: bool) -> None:
+    """Raise ``ValueError`` for options that ExecuTorch's programs have not."""
+    if layout != "stages":
+        raise ValueError(f"--format executorch writes stages, not {layout!r}; give --layout stages.")
+    others = {
+        "--opset": opset != OPSET,
+        "--batch-size": batch_size not in (DYNAMIC, "1"),
+        "--softmax": softmax,
+        "--int8": int8,
+    }
+    given = [name for name, is_given in others.items() if is_given]
+    if given:
+        raise ValueError(
+            f"--format executorch writes float32 programs that take one image and put out logits; leave "
+            f"{', '.join(given)} out."
+        )
+
+
+def _report(result: Export, seconds: float, runtime: str) -> None:
     table = make_table("thresholds", "batch", "left at each exit", "largest difference", "near a threshold")
     for check in result.checks:
         counts = " ".join(map(str, check.exit_counts))
@@ -129,7 +165,7 @@ def _report(result: Export, seconds: float) -> None:
     size = sum(result.files.values())
     rival = "predict" if result.quantization is None else "the quantized network with all exits"
     console.print(
-        f"Verified with ONNX Runtime: the same exits as {rival}, images near a threshold excepted. Written to "
+        f"Verified with {runtime}: the same exits as {rival}, images near a threshold excepted. Written to "
         f"{result.folder} in {seconds:.0f} s: {', '.join(result.files)}; {size / 1e6:.1f} MB."
     )
     whole = [str(k) for k, fewer in zip(result.exits, result.shrinks) if not fewer]

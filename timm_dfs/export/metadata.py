@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import timm
@@ -17,7 +19,12 @@ from .network import require
 
 
 def describe(
-    model: MultiExitModel, input_size: tuple[int, int, int], layout: str, policy: ExitPolicy | None, preset: str | None
+    model: MultiExitModel,
+    input_size: tuple[int, int, int],
+    layout: str,
+    policy: ExitPolicy | None,
+    preset: str | None,
+    packages: Sequence[str] = ("onnx", "onnxscript"),
 ) -> dict[str, Any]:
     """Facts about an exported model, in the words of timm's ``pretrained_cfg`` where it has them.
 
@@ -27,6 +34,7 @@ def describe(
         layout: The layout.
         policy: The policy; ``None`` for the last exit alone.
         preset: Name of the preset that the policy is.
+        packages: Distributions whose versions are among the facts.
     """
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg, verbose=False)
     facts: dict[str, Any] = dict(
@@ -40,7 +48,7 @@ def describe(
         last_exit_macs=last_exit_flops(model, input_size),
         versions={
             **{"timm_dfs": __version__, "timm": timm.__version__, "torch": torch.__version__},
-            **{name: require(name).__version__ for name in ("onnx", "onnxscript")},
+            **{name: version(name) for name in packages},
         },
     )
     if policy is not None:

@@ -41,8 +41,8 @@ class Network:
     types: dict[str, int]
 
 
-def require(module: str) -> Any:
-    """Import one of the packages of the extra ``deploy``.
+def require(module: str, extra: str = "deploy") -> Any:
+    """Import a module that an extra of timm-dfs installs.
 
     Raises:
         ModuleNotFoundError: If it is not installed; the message names the extra.
@@ -51,7 +51,7 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"Exporting needs {error.name}, which is not installed: pip install 'timm-dfs[deploy]'."
+            f"Exporting needs {error.name}, which is not installed: pip install 'timm-dfs[{extra}]'."
         ) from None
 
 
@@ -91,7 +91,7 @@ def trace(model: MultiExitModel, input_size: Sequence[int], opset: int) -> Netwo
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                _Exits(model).eval(),
+                AllExits(model).eval(),
                 (torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0)),),
                 dynamo=True,
                 opset_version=opset,
@@ -125,7 +125,7 @@ def network_of(graph: Any, opset: int) -> Network:
     return Network(graph, opset, tuple(output.name for output in graph.output), shapes, types)
 
 
-class _Exits(nn.Module):
+class AllExits(nn.Module):
     """Every exit's logits as the outputs of ``forward``, which is what gets exported."""
 
     def __init__(self, model: MultiExitModel):

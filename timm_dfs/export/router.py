@@ -1,7 +1,8 @@
 """Reference router for exported stages: early exit on the host, for runtimes without control flow.
 
-It needs numpy and onnxruntime, neither torch nor timm_dfs; export writes a copy of it beside the stages. From a shell:
-``python router.py images.npy`` prints each image's class and exit.
+It needs numpy and onnxruntime, neither torch nor timm_dfs; for ``.pte`` files it needs executorch and torch instead.
+Export writes a copy of it beside the stages. From a shell, ``python router.py images.npy`` prints each image's class
+and exit.
 """
 
 import json
@@ -9,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 
 class Router:
@@ -17,18 +17,23 @@ class Router:
 
     Args:
         folder: The folder with ``router.json``.
-        threads: Threads of each stage; 0 for as many as there are cores.
+        threads: Threads of each stage; 0 for as many as there are cores. ExecuTorch takes no number of threads.
     """
 
     def __init__(self, folder, threads=0):
         self.about = json.loads((Path(folder) / "router.json").read_text())
+        self.stages = [(stage, self.open(Path(folder) / stage["file"], threads)) for stage in self.about["stages"]]
+
+    def open(self, file, threads):
+        """Object whose ``run(None, inputs by name)`` returns a stage's outputs; override it for another runtime."""
+        if file.suffix == ".pte":
+            return Program(file)
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the stages wait for each other
-        self.stages = [
-            (stage, onnxruntime.InferenceSession(Path(folder) / stage["file"], options, ["CPUExecutionProvider"]))
-            for stage in self.about["stages"]
-        ]
+        return onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
 
     def __call__(self, images, thresholds=None):
         """Logits (B, classes) and exits (B,) of images (B, C, H, W) float32; ``thresholds``: one for each exit."""
@@ -38,6 +43,9 @@ class Router:
         highest = len(thresholds) - 1 if self.about["confidence"] == "patience" else 1
         if any(k not in here and value <= highest for k, value in enumerate(thresholds)):
             raise ValueError(f"thresholds is {thresholds}; only exits {sorted(here)} are in these stages.")
+        fixed = self.about.get("batch_size", len(images))
+        if len(images) != fixed:
+            raise ValueError(f"There are {len(images)} images; these stages take {fixed} at a time.")
         rows = np.arange(len(images))  # of the active images
         logits = np.zeros((len(images), self.about["num_classes"]), np.float32)
         exits = np.zeros(len(images), np.int64)
@@ -94,11 +102,29 @@ class Router:
         return np.maximum(1 - entropy / np.float32(np.log(max(2, p.shape[1]))), 0)
 
 
+class Program:
+    """ExecuTorch's program of a stage, with the ``run`` of onnxruntime's sessions. Inputs are in the stage's order."""
+
+    def __init__(self, file):
+        from executorch.runtime import Runtime
+
+        self.program = Runtime.get().load_program(file)
+        self.forward = self.program.load_method("forward")
+
+    def run(self, names, inputs):
+        import torch
+
+        outputs = self.forward.execute([torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values()])
+        return [output.numpy().copy() for output in outputs]
+
+
 def take(tensor, keep, batch):
     """Rows of the images ``keep`` of a tensor that has one or several rows for each of ``batch`` images."""
     return tensor.reshape(batch, -1, *tensor.shape[1:])[keep].reshape(-1, *tensor.shape[1:])
 
 
 if __name__ == "__main__":
-    for scores, left_at in zip(*Router(Path(__file__).parent)(np.load(sys.argv[1]).astype(np.float32))):
-        print(scores.argmax(), left_at)
+    router, images = Router(Path(__file__).parent), np.load(sys.argv[1]).astype(np.float32)
+    for batch in np.split(images, len(images)) if "batch_size" in router.about else [images]:
+        for scores, left_at in zip(*router(batch)):
+            print(scores.argmax(), left_at)

@@ -76,6 +76,13 @@ def routing(network: Network, stages: Sequence[Stage], policy: ExitPolicy, files
             )
             for place, (stage, file) in enumerate(zip(stages, files, strict=True))
         ],
+        **rules(policy),
+    )
+
+
+def rules(policy: ExitPolicy) -> dict[str, Any]:
+    """How a policy decides, as ``router.json`` holds it."""
+    return dict(
         confidence=policy.confidence,
         thresholds=[None if value == float("inf") else value for value in policy.thresholds],
         temperatures=policy.temperatures and list(policy.temperatures),

@@ -25,6 +25,7 @@ from .cut import cut, shrinks
 from .metadata import describe, to_model
 from .network import BATCH, check_opset, plain, require, trace
 from .quantize import Quantization, all_logits, quantize, refit
+from .router import Router
 from .stages import last_graph, routing, stage_graphs
 from .verify import Check, Run, verify
 
@@ -119,20 +120,18 @@ def export_onnx(
         ['model.onnx']
     """
     folder = Path(folder)
-    _check(model, folder, layout, batch_size, softmax)
+    check_arguments(model, folder, layout, batch_size, softmax)
     preset = policy if isinstance(policy, str) else None
-    policy = _policy(model, policy, layout)
+    policy = policy_of(model, policy, layout)
     check_opset(opset)
     require("onnxruntime")
     exported = plain(model)
     if images is None:
-        size = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
-        count = VERIFIED if batch_size is None else batch_size * -(-VERIFIED // batch_size)
-        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+        images = noise(model, VERIFIED if batch_size is None else batch_size * -(-VERIFIED // batch_size))
     images = as_images(exported, images)
     if (batch_size is not None and len(images) % batch_size) or not len(images):
         raise ValueError(f"There are {len(images)} images to verify with; give a multiple of {batch_size or 1}.")
-    _warn_of_untrained(model, policy)
+    warn_of_untrained(model, policy)
     channels, height, width = images.shape[1:]
     network = trace(exported, (channels, height, width), opset)
     if calibration is None:
@@ -181,10 +180,8 @@ def export_onnx(
 
 
 def runner(folder: Path, layout: str, num_exits: int, threads: int = 0) -> Run:
-    """ONNX Runtime on an exported folder."""
+    """An exported folder in its runtime: ONNX Runtime, or ExecuTorch for ``.pte`` files."""
     if layout == "stages":
-        from .router import Router  # imports onnxruntime
-
         return Router(folder, threads)
     session = open_session(folder / MODEL_FILE, threads)
     if layout == "graph":
@@ -222,7 +219,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _check(model: Any, folder: Path, layout: str, batch_size: int | None, softmax: bool) -> None:
+def noise(model: MultiExitModel, count: int) -> torch.Tensor:
+    """Noise (count, C, H, W) as images in the size of the model's input."""
+    size = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
+def check_arguments(model: Any, folder: Path, layout: str, batch_size: int | None, softmax: bool) -> None:
+    """Raise ``ValueError`` where an argument of an export is outside its range."""
     require_exits(model)
     if not isinstance(model, MultiExitModel):
         raise ValueError(f"{type(model).__name__} is compiled or wrapped; give the model itself.")
@@ -238,7 +242,8 @@ def _check(model: Any, folder: Path, layout: str, batch_size: int | None, softma
         raise ValueError(f"{folder} exists and is not an empty folder; give one that does not exist.")
 
 
-def _policy(model: MultiExitModel, policy: ExitPolicy | str | None, layout: str) -> ExitPolicy:
+def policy_of(model: MultiExitModel, policy: ExitPolicy | str | None, layout: str) -> ExitPolicy:
+    """The policy that the files of a layout predict with."""
     if layout == "last":
         if policy is not None:
             raise ValueError("The layout 'last' has no early exits; leave the policy out.")
@@ -252,7 +257,7 @@ def _policy(model: MultiExitModel, policy: ExitPolicy | str | None, layout: str)
     return policy
 
 
-def _warn_of_untrained(model: MultiExitModel, policy: ExitPolicy) -> None:
+def warn_of_untrained(model: MultiExitModel, policy: ExitPolicy) -> None:
     """Warn of classifiers of early exits with biases of 0, and of batch norms with the statistics of no image."""
     biases = {k: getattr(classifier, "bias", None) for k, classifier in enumerate(model.get_classifier())}
     fresh = [k for k in policy.answering[:-1] if biases[k] is not None and not biases[k].detach().any()]

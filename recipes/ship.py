@@ -10,7 +10,8 @@ hardware, the number of training images and the commit. The hardware is this mac
     python recipes/ship.py output/train/JOINT_RUN --recipe recipes/dfs_msdnet_cifar100_gpu.yaml --tag joint
 
 ``--base`` names the file of ``recipes/base_weights.py`` that training started from: its source, checksum and licence
-come onto the card, the licence's text into the folder.
+come onto the card, the licence's text into the folder. ``--first-recipe`` names the recipe of the run that the run's
+``initial_checkpoint`` is from; that run must have followed it.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="train.py's output folder: args.yaml, last.pth.tar")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe the run was made with")
     parser.add_argument("--tag", help="pretrained tag of a run with other --model-kwargs than the recipe's")
+    parser.add_argument("--first-recipe", type=Path, help="the recipe of the run that this one went on from")
     parser.add_argument("--base", type=Path, help="weights that training started from, by recipes/base_weights.py")
     parser.add_argument(
         "--img-size", type=int, help="height and width to measure at and ship, if not those of training"
@@ -48,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
-    changed = {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA}
+    changed = differences(recipe, run)
     if refused := changed.keys() - PRECISION:
         parser.error(f"the run differs from the recipe in {', '.join(sorted(refused))}")
     if args.base is not None:
@@ -85,6 +87,8 @@ def main() -> None:
     )
     if changed:
         training["other_than_recipe"] = changed
+    if args.first_recipe is not None:
+        training["first_phase"] = first_phase(parser, args.first_recipe, run)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)
     if args.base is not None:
@@ -97,6 +101,23 @@ def main() -> None:
     export.export(model, folder, collect, run["val_split"], "test", facts, args.tag)
     if args.base is not None:
         (folder / BASE_LICENSE_FILE).write_text(licence)
+
+
+def differences(recipe: dict, run: dict) -> dict:
+    """Arguments in which a run is not its recipe, apart from where files are."""
+    return {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA}
+
+
+def first_phase(parser: argparse.ArgumentParser, file: Path, run: dict) -> dict:
+    """Recipe and epochs of the run whose checkpoint this one started from; an error unless it followed the recipe."""
+    first = yaml.safe_load(Path(run["initial_checkpoint"]).with_name("args.yaml").read_text())
+    recipe = yaml.safe_load(file.read_text())
+    differing = differences(recipe, first).keys() - {"model_kwargs"} - PRECISION
+    if differing or first["model_kwargs"] != run["model_kwargs"]:
+        parser.error(
+            f"the first run differs from {file.name} or this run in {', '.join(sorted(differing)) or 'kwargs'}"
+        )
+    return dict(recipe=file.name, epochs=first["epochs"], input_size=first["input_size"])
 
 
 if __name__ == "__main__":

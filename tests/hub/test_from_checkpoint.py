@@ -296,6 +296,24 @@ def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, caps
     assert "does not say where it is from" in capsys.readouterr().err
 
 
+def test_the_first_of_two_phases_is_on_the_card_if_it_followed_its_recipe(ship, tmp_path, capsys):
+    first, recipe = tmp_path / "first", tmp_path / "first.yaml"
+    first.mkdir()
+    recipe.write_text(yaml.safe_dump(dict(epochs=4, lr=0.5, input_size=[3, 16, 16])))
+    checkpoint = str(first / "last.pth.tar")
+
+    def trained(**arguments):
+        (first / "args.yaml").write_text(yaml.safe_dump(dict(model_kwargs={}, input_size=[3, 16, 16], **arguments)))
+        return ship("--first-recipe", str(recipe), initial_checkpoint=checkpoint)
+
+    folder, results = trained(epochs=4, lr=0.5)
+    assert results["training"]["first_phase"] == dict(recipe="first.yaml", epochs=4, input_size=[3, 16, 16])
+    assert "- first phase: 4 epochs at 16 px, recipe `first.yaml`\n" in (folder / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        trained(epochs=4, lr=0.1)
+    assert "differs from first.yaml or this run in lr" in capsys.readouterr().err
+
+
 def test_a_network_can_be_shipped_at_another_size_than_it_was_trained_at(ship):
     folder, results = ship("--img-size", "48")
     model = check_folder(folder)

@@ -51,6 +51,7 @@ def main() -> None:
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
     changed = differences(recipe, run)
+    settings = changed.pop("model_kwargs", None)  # the objective and the tag stand for them
     if refused := changed.keys() - PRECISION:
         parser.error(f"the run differs from the recipe in {', '.join(sorted(refused))}")
     if args.base is not None:
@@ -58,7 +59,7 @@ def main() -> None:
             base = dict(file.metadata() or {})
         if "license_text" not in base:
             parser.error(f"{args.base} does not say where it is from; make it by recipes/base_weights.py")
-    if args.tag is None and run["model_kwargs"] != recipe.get("model_kwargs", {}):
+    if args.tag is None and (settings is not None or run["model_kwargs"] != recipe.get("model_kwargs", {})):
         parser.error(f"the run has model_kwargs {run['model_kwargs']}, which are not the recipe's; give it a --tag")
     checkpoint = args.run / "last.pth.tar"
     of_checkpoint = read_run(checkpoint)

@@ -31,7 +31,7 @@ def test_it_shows_commands():
 
 def test_the_table_has_every_model_and_says_which_have_weights():
     rows = dict(re.findall(r"^\| `(dfs_\w+)` \| \d+ \| (.+?) \|", README, re.M))
-    assert rows.keys() == NATIVE
+    assert rows.keys() == NATIVE | {name.partition(".")[0] for name in timm.list_pretrained("dfs_*")}
     trained = set(timm.list_pretrained("dfs_*"))
     for name, weights in rows.items():
         tags = {tag for tag in trained if tag.partition(".")[0] == name}
@@ -82,7 +82,7 @@ def test_a_more_accurate_preset_is_drawn_higher(checkout):
         return min(float(circle.get("cy")) for circle in circles)
 
     before, results = highest(), json.loads(file.read_text())
-    results["test"]["presets"]["fast"]["top1"] = 74.9
+    results["test"]["presets"]["fast"]["top1"] = 77.9
     file.write_text(json.dumps(results))
     assert highest() < before
 

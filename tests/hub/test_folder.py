@@ -88,6 +88,20 @@ def test_the_readmes_comparison_of_the_weights_matches_the_results():
     assert dfs_is_ahead("test") == [True] + 6 * [False]
 
 
+def test_each_preset_of_the_recommended_weights_is_more_accurate_than_the_others_and_cheaper():
+    readme = " ".join((HUB.parent / "README.md").read_text().split())
+    recommended = "dfs_tf_efficientnet_lite0.cifar100"
+    assert (
+        f"**Which weights to take: `{recommended}`.** Each of its presets is more accurate than all of MSDNet's"
+        in readme
+    )
+    of = {name: results(name)["test"]["presets"] for name in SHIPPED}
+    others = [preset for name in SHIPPED if "msdnet" in name for preset in of[name].values()]
+    for preset in of[recommended].values():
+        assert preset["top1"] > max(other["top1"] for other in others)
+        assert preset["average_flops"] < max(other["average_flops"] for other in others)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_as_accurate_as_its_results_say(name):

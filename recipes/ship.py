@@ -23,6 +23,7 @@ import yaml
 from safetensors import safe_open
 
 import timm_dfs
+from timm_dfs.data.cifar100 import LABEL_NAMES
 from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.machine import processor, threads
 from timm_dfs.hub import from_checkpoint as export
@@ -96,6 +97,8 @@ def main() -> None:
         licence = base.pop("license_text")
         facts["base_weights"] = base
     model = export.trained_model(of_checkpoint, checkpoint)
+    if not model.pretrained_cfg.get("label_names") and facts["dataset"] == "uoft-cs/cifar100":
+        model.pretrained_cfg["label_names"] = LABEL_NAMES  # a copy of its files without the Hub's card has no names
     if args.img_size is not None:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)
     folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])

@@ -10,6 +10,7 @@ from helpers import ROOT, images, settled, tiny_vgg
 
 import timm_dfs
 from timm_dfs.data.datasets import dataset_loader
+from timm_dfs.data.images import labels_of
 from timm_dfs.hub import card
 from timm_dfs.hub import folder as hub
 
@@ -37,6 +38,14 @@ def test_a_written_model_keeps_the_beta_of_each_exit(tmp_path):
     assert json.loads((tmp_path / hub.CONFIG_FILE).read_text())["model_args"]["beta"] == [0.25, 0.9]
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert again.beta == (0.25, 0.9) and [partition.beta for partition in again.partitions] == [0.25, 0.9]
+
+
+def test_a_network_fine_tuned_on_other_classes_keeps_their_names(tmp_path):
+    model = timm.create_model("dfs_test_resnet", num_classes=3)
+    model.pretrained_cfg["label_names"] = ("ant", "bee", "cat")
+    hub.write_weights(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert labels_of(again) == ("ant", "bee", "cat")
 
 
 def test_the_config_is_json_that_any_reader_takes(tmp_path):

@@ -64,7 +64,10 @@ def write_weights(model: MultiExitModel, folder: Path) -> None:
                 f"{key} does not fit into half precision or is not finite: its largest value is {value.max()}."
             )
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    save_config_for_hf(model, str(folder / CONFIG_FILE))
+    names = model.pretrained_cfg.get("label_names")
+    dropped = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm takes the names for the base's
+    config = dict(label_names=list(names)) if names and dropped and len(names) == model.num_classes else None
+    save_config_for_hf(model, str(folder / CONFIG_FILE), config)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

@@ -301,3 +301,11 @@ def test_a_head_costs_little_of_what_leads_to_it(name):
 
 def test_the_package_names_it():
     assert timm_dfs.MultiExit is MultiExit and "MultiExit" in timm_dfs.__all__
+
+
+def test_packaged_weights_of_a_twin_state_their_own_classes_and_images():
+    cfg = timm.get_pretrained_cfg("dfs_tf_efficientnet_lite0.cifar100")
+    model = timm.create_model("dfs_tf_efficientnet_lite0.cifar100", pretrained=True)
+    assert cfg.num_classes == model.num_classes == 100 == len(cfg.label_names)
+    assert tuple(cfg.input_size) == tuple(model.pretrained_cfg["input_size"]) == (3, 96, 96)
+    assert timm.get_pretrained_cfg("dfs_tf_efficientnet_lite0").num_classes == 1000

@@ -35,12 +35,12 @@ def list_models(
     twins = {f"{PREFIX}{base}" for base in BASES}
     wanted = pattern or f"{PREFIX}*"
     names = [name for name in timm.list_models(wanted) if name.startswith(PREFIX)]
-    if pattern is None:
-        names = [name for name in names if name not in twins or is_model_pretrained(name)]
     if not names:
         raise ValueError(f"No model matches {pattern}; 'timm-dfs list' lists some models, '{PREFIX}*' matches all.")
     tagged = [name for name in timm.list_pretrained(wanted) if "." in name]  # further weights of one model
     names = [row for name in names for row in (name, *(tag for tag in tagged if get_arch_name(tag) == name))]
+    if pattern is None:
+        names = [name for name in names if name not in twins or is_model_pretrained(name)]
     rows: list[dict[str, Any]] = []
     for name in names:
         cfg = timm.get_pretrained_cfg(name)

@@ -15,7 +15,7 @@ from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_d
 from ..base.arguments import check_names
 from ..base.objective import SETTINGS, take_settings
 from ..pretrained.checks import fit_checkpoint, settle_presets
-from ..pretrained.packaged import packaged_file, packaged_names
+from ..pretrained.packaged import packaged_file, packaged_images, packaged_names
 from ..pretrained.sources import resolve
 from ..wrapped.multi_exit import MultiExit
 from ..wrapped.with_classifier import WithClassifier, is_encoder
@@ -72,7 +72,8 @@ def _add_packaged(default_cfgs: dict[str, DefaultCfg]) -> None:
             default.tags.append(tag)
         tag = tag or default.tags[0]
         cfg = default.cfgs.get(tag, default.default)
-        default.cfgs[tag] = copied(cfg, tag=tag or None, file=str(packaged_file(packaged)))
+        about = packaged_images(packaged)
+        default.cfgs[tag] = copied(cfg, **about, tag=tag or None, file=str(packaged_file(packaged)))
         default.is_pretrained = True
 
 

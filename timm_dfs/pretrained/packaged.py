@@ -1,10 +1,14 @@
 """Weights that came with this installation."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 WEIGHTS_FILE = "model.safetensors"
 
 CONFIG_FILE = "config.json"
+
+_OF_IMAGES = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -33,6 +37,19 @@ def packaged_file(name: str) -> Path | None:
     """The weights in :func:`packaged_folder`."""
     folder = packaged_folder(name)
     return folder / WEIGHTS_FILE if folder else None
+
+
+def packaged_images(name: str) -> dict[str, Any]:
+    """What the config in :func:`packaged_folder` says of the images and classes, as fields of ``PretrainedCfg``."""
+    folder = packaged_folder(name)
+    if folder is None:
+        return {}
+    recorded = json.loads((folder / CONFIG_FILE).read_text())["pretrained_cfg"]
+    return {
+        field: tuple(value) if isinstance(value, list) else value
+        for field, value in recorded.items()
+        if field in _OF_IMAGES
+    }
 
 
 def packaged_names() -> set[str]:

@@ -61,7 +61,9 @@ def let_pass(monkeypatch, *rounds):
         yield from itertools.repeat(now)
 
     clock = readings()
-    monkeypatch.setattr("timm_dfs.evaluation.bench.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(
+        "timm_dfs.evaluation.bench.time", SimpleNamespace(perf_counter=lambda: next(clock), sleep=lambda _: None)
+    )
 
 
 def test_time_and_cost_are_compared_on_the_same_images(model, monkeypatch):
@@ -92,8 +94,8 @@ def test_ways_of_another_runtime_are_timed_on_their_images_and_the_fastest_whole
     seen = []
     cost = torch.full((8,), 1.0)
     further = {
-        "elsewhere": Way(seen.append, torch.arange(8), cost, is_whole=True),
-        "early elsewhere": Way(seen.append, torch.arange(8), cost / 4),
+        "elsewhere": Way(seen.append, torch.arange(8), cost, is_whole=True, runtime="other"),
+        "early elsewhere": Way(seen.append, torch.arange(8), cost / 4, runtime="other"),
     }
     let_pass(monkeypatch, *[[4.0, 1.0, 1.0, 2.0, 1.0]] * 2)
     timings = measure(model, images(8, size=16), {}, (4,), seconds=0, least_rounds=2, further=further)
@@ -101,7 +103,8 @@ def test_ways_of_another_runtime_are_timed_on_their_images_and_the_fastest_whole
     by_way = {t.way: t for t in timings}
     assert by_way[LAST_EXIT].speedup == 0.5 and by_way["elsewhere"].speedup == 1
     assert (by_way["early elsewhere"].speedup, by_way["early elsewhere"].cost_ratio) == (2, 4)
-    assert [batch.tolist() for batch in seen[2:]] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
+    # After another runtime, a batch is run once more, not timed.
+    assert [batch.tolist() for batch in seen[2:]] == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7]] * 3
 
 
 @pytest.mark.parametrize(("rounds", "p95", "p99"), [(19, None, None), (20, 19, None), (99, 95, None), (200, 190, 198)])

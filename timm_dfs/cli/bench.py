@@ -93,14 +93,14 @@ def bench(
         few = (0, (model.num_exits - 1) // 2)
         policies[f"{HALF}, exits {few[0]} and {few[1]}"] = halving_policy(model, logits, images.shape[1:], few)
     with tempfile.TemporaryDirectory() as folder:
+        network = model if as_is else fuse(model)
         further: dict[str, Way] = {}
         if runtime == "onnx":
             with Console(stderr=True).status("Exporting to ONNX …"):
-                further = onnx_ways(model, images, policies, folder)
+                further = onnx_ways(model, images, policies, folder, network)
         if not as_is:
-            model = fuse(model)
             images = images.contiguous(memory_format=torch.channels_last)
-        timings = measure(model, images, policies, sizes, seconds, further=further)
+        timings = measure(network, images, policies, sizes, seconds, further=further)
     found: dict[str, Any] = dict(
         model=model_name,
         machine=describe_machine(),

@@ -20,6 +20,10 @@ LAST_EXIT = "last exit alone"
 """The baseline: the network without early exits, no other head computed."""
 
 
+SETTLE = 0.02
+"""Seconds after which the threads of another runtime have stopped spinning."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Speed of one way to predict at one batch size.
@@ -60,12 +64,14 @@ class Way:
         images: (N, C, H, W), prepared as ``run`` takes them.
         costs: Multiply-adds of each image (N,).
         is_whole: Whether all images take the network's last exit alone, so that early exit is compared with it.
+        runtime: What runs it. Threads of another runtime may spin for a while after it has run.
     """
 
     run: Callable[[torch.Tensor], object]
     images: torch.Tensor
     costs: torch.Tensor
     is_whole: bool = False
+    runtime: str = "PyTorch"
 
 
 def measure(
@@ -145,9 +151,14 @@ def _interleaved(
     for name, way in ways.items():
         way.run(batches[name][0])
     start, rounds = time.perf_counter(), 0
+    last_runtime = None
     while rounds < least_rounds or time.perf_counter() - start < seconds:
         for name, way in ways.items():
             batch = batches[name][rounds % len(batches[name])]
+            if last_runtime not in (None, way.runtime):
+                time.sleep(SETTLE)
+                way.run(batch)  # not timed
+            last_runtime = way.runtime
             wait(device)
             before = time.perf_counter()
             way.run(batch)

@@ -13,9 +13,15 @@ from ..evaluation.flops import last_exit_flops
 from ..inference.policy import ExitPolicy
 from .to_onnx import MODEL_FILE, export_onnx, open_session
 
+RUNTIME = "ONNX Runtime"
+
 
 def onnx_ways(
-    model: MultiExitModel, images: torch.Tensor, policies: Mapping[str, ExitPolicy], folder: str | Path
+    model: MultiExitModel,
+    images: torch.Tensor,
+    policies: Mapping[str, ExitPolicy],
+    folder: str | Path,
+    counted: MultiExitModel | None = None,
 ) -> dict[str, Way]:
     """Export a network and let ONNX Runtime predict, with as many threads as PyTorch has.
 
@@ -24,6 +30,7 @@ def onnx_ways(
         images: (N, C, H, W), normalised.
         policies: Operating points by name. Those that differ only in the values of their thresholds share a file.
         folder: Folder for the files.
+        counted: The network whose multiply-adds are counted, e.g. the fused one; by default ``model``.
 
     Returns:
         The last exit alone and each policy, to be timed by :func:`timm_dfs.evaluation.bench.measure`.
@@ -32,12 +39,12 @@ def onnx_ways(
         ValueError: If the network cannot be exported, see :func:`timm_dfs.export_onnx`.
         ModuleNotFoundError: Without the extra ``deploy``.
     """
-    folder = Path(folder)
+    folder, counted = Path(folder), counted or model
     given = images.contiguous()
-    whole = torch.full((len(images),), float(last_exit_flops(model, tuple(images.shape[1:]))), dtype=torch.float64)
+    whole = torch.full((len(images),), float(last_exit_flops(counted, tuple(images.shape[1:]))), dtype=torch.float64)
     export_onnx(model, folder / "last", layout="last", images=images[:8])
     session = _session(folder / "last")
-    ways = {f"{LAST_EXIT}, ONNX": Way(_runner(session), given, whole, is_whole=True)}
+    ways = {f"{LAST_EXIT}, ONNX": Way(_runner(session), given, whole, is_whole=True, runtime=RUNTIME)}
     sessions: dict[str, Any] = {}
     for name, policy in policies.items():
         if len(policy.answering) == 1:
@@ -49,7 +56,10 @@ def onnx_ways(
             sessions[graph] = _session(place)
         thresholds = np.asarray(policy.thresholds, np.float32)
         ways[f"{name}, ONNX"] = Way(
-            _runner(sessions[graph], thresholds=thresholds), given, policy_costs(model, images, policy)
+            _runner(sessions[graph], thresholds=thresholds),
+            given,
+            policy_costs(counted, images, policy),
+            runtime=RUNTIME,
         )
     return ways
 

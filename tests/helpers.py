@@ -1,9 +1,12 @@
 """Small networks with exits, and ways to observe what they compute."""
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -144,3 +147,19 @@ def published(folder, model=None, **results):
     (folder / hub.RESULTS_FILE).write_text(json.dumps(dict(measured, **results)))
     card.write_card(folder)
     return folder
+
+
+def routed_in_a_shell(folder, images, without):
+    """Classes and exits that an exported folder's ``router.py`` prints in a process that lacks these packages."""
+    np.save(folder.parent / "images.npy", images.numpy())
+    script = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({list(without)})); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder / "router.py", folder.parent / "images.npy"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]

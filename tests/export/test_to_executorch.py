@@ -2,14 +2,24 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import BACKBONES, CLASSES, TINY, images, settled, tiny_msdnet, tiny_resnet, tiny_vgg, twin
+from helpers import (
+    BACKBONES,
+    CLASSES,
+    TINY,
+    images,
+    routed_in_a_shell,
+    settled,
+    tiny_msdnet,
+    tiny_resnet,
+    tiny_vgg,
+    twin,
+)
 from typer.testing import CliRunner
 
 from timm_dfs import ExitPolicy, predict
@@ -149,20 +159,9 @@ def test_the_copied_router_runs_without_this_package(msdnet, tmp_path):
     batch = images(6, SIZE, seed=3)
     policy = spread(msdnet, batch)
     export_executorch(msdnet, tmp_path / "out", policy, images=batch)
-    np.save(tmp_path / "images.npy", batch.numpy())
-    script = (
-        "import runpy, sys; sys.modules.update(onnxruntime=None, timm=None, timm_dfs=None); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "out" / "router.py", tmp_path / "images.npy"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    found = routed_in_a_shell(tmp_path / "out", batch, without=("onnxruntime", "timm", "timm_dfs"))
     expected = predict(msdnet, batch, policy)
-    lines = [f"{label} {k}" for label, k in zip(expected.logits.argmax(1).tolist(), expected.exit_index.tolist())]
-    assert done.stdout.splitlines() == lines
+    assert found == list(zip(expected.logits.argmax(1).tolist(), expected.exit_index.tolist()))
 
 
 @needs_executorch

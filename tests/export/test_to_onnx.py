@@ -1,14 +1,12 @@
 """Exported files predict as ``predict`` does, in ONNX Runtime, and nothing is written otherwise."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, images, settled, tiny_msdnet, tiny_resnet, tiny_vgg, twin
+from helpers import CLASSES, images, routed_in_a_shell, settled, tiny_msdnet, tiny_resnet, tiny_vgg, twin
 
 import timm_dfs
 from timm_dfs import ExitPolicy, predict
@@ -245,20 +243,9 @@ def test_deeper_stages_run_on_fewer_rows(msdnet, batch, tmp_path):
 def test_the_router_runs_without_torch_and_without_this_package(msdnet, batch, tmp_path):
     policy = spread(msdnet, batch)
     exported(msdnet, tmp_path / "out", policy, "stages")
-    np.save(tmp_path / "images.npy", batch.numpy())
-    script = (
-        "import runpy, sys; sys.modules.update(torch=None, timm=None, timm_dfs=None); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "out" / "router.py", tmp_path / "images.npy"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    found = routed_in_a_shell(tmp_path / "out", batch, without=("torch", "timm", "timm_dfs"))
     expected = predict(msdnet, batch, policy)
-    lines = [f"{label} {k}" for label, k in zip(expected.logits.argmax(1).tolist(), expected.exit_index.tolist())]
-    assert done.stdout.splitlines() == lines
+    assert found == list(zip(expected.logits.argmax(1).tolist(), expected.exit_index.tolist()))
 
 
 def test_weights_lie_in_the_branches_that_read_them(msdnet, tmp_path):

@@ -28,6 +28,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import timm_dfs
 from timm_dfs import ExitPolicy, MultiExit, Objective, exit_flops, predict
 from timm_dfs.base.objective import AGGREGATORS
+from timm_dfs.wrapped.exit_points import ExitPoint
+from timm_dfs.wrapped.feature_heads import feature_head
 
 LAYOUTS = tuple(BACKBONES)
 COMPILED = ("NCHW", "NLC")
@@ -178,11 +180,14 @@ def channel_gradients(model, layout):
 
 
 @pytest.mark.parametrize("referencing", ["two_sided", "one_sided", "off"])
-def test_losses_train_the_channels_of_an_exit_feature_as_the_partition_says(layout, referencing):
-    model = wrapped(layout, beta=0.25, referencing=referencing).train()
+@pytest.mark.parametrize("beta", [0.25, (0.25, 0.75)], ids=["one beta", "a beta for each exit"])
+def test_losses_train_the_channels_of_an_exit_feature_as_the_partition_says(layout, beta, referencing):
+    model = wrapped(layout, beta=beta, referencing=referencing).train()
+    assert model.beta == beta
     for (k, of), gradient in channel_gradients(model, layout).items():
         shared = model.partitions[k].shared
-        assert shared == round(0.25 * model.feature_info[k]["num_chs"]) > 0
+        share = beta[k] if isinstance(beta, tuple) else beta
+        assert shared == round(share * model.feature_info[k]["num_chs"]) > 0
         if of < k:
             assert gradient is None
         elif of == k:
@@ -205,22 +210,6 @@ def test_the_shared_part_is_the_rounded_share_of_the_channels(size, beta, shared
     model = wrapped(beta=beta)  # 32 and 48 channels
     assert {p.channels: p.shared for p in wrapped(beta=beta, exits=("layer1", "layer2")).partitions}[size] == shared
     assert model.beta == beta
-
-
-@pytest.mark.parametrize("referencing", ["two_sided", "one_sided", "off"])
-def test_each_exit_feature_is_partitioned_by_its_own_beta(layout, referencing):
-    betas = [0.25, 0.75]
-    model = wrapped(layout, beta=betas, referencing=referencing).train()
-    assert model.beta == tuple(betas)
-    for (k, of), gradient in channel_gradients(model, layout).items():
-        shared = round(betas[k] * model.feature_info[k]["num_chs"])
-        if of < k:
-            assert gradient is None
-        elif of == k:
-            assert gradient[:shared].any() == (referencing == "one_sided")
-            assert gradient[shared:].all()
-        else:
-            assert gradient[:shared].any() and not gradient[shared:].any()
 
 
 @pytest.mark.parametrize("value", [[0.5], [0.5, 0.5, 0.5], [0.5, -0.1], [0.5, "0.9"], [0.5, float("nan")], [True, 0.5]])
@@ -400,9 +389,10 @@ def test_a_head_that_does_not_exist_is_refused_with_those_that_do(value):
 
 
 @pytest.mark.parametrize("kind", ["conv", "wide"])
-def test_a_convolutional_head_for_tokens_is_refused(kind):
+@pytest.mark.parametrize("layout", ["NLC", "NCL"])
+def test_a_convolutional_head_for_tokens_is_refused(layout, kind):
     with pytest.raises(ValueError, match="returns tokens"):
-        wrapped("NLC", head=kind)
+        feature_head(kind, ExitPoint("here", 8, layout, 0), CLASSES, 0, "avg", 0.0)
 
 
 def test_a_frozen_backbone_stays_frozen_and_its_exits_train():

@@ -58,9 +58,9 @@ def feature_head(
         raise ValueError(f"head is {kind!r}; choose one of {', '.join(map(repr, KINDS))}.")
     dd: dict[str, Any] = dict(device=device, dtype=dtype)
     body: list[nn.Module] = []
+    if kind in ("conv", "wide") and point.layout in ("NLC", "NCL"):
+        raise ValueError(f"head is {kind!r}, but {point.module} returns tokens; give 'linear' or 'auto'.")
     if point.layout == "NLC":
-        if kind in ("conv", "wide"):
-            raise ValueError(f"head is {kind!r}, but {point.module} returns tokens; give 'linear' or 'auto'.")
         body = [LayerNorm(point.channels, **dd), PoolTokens(prefix_tokens, pool_type)]
     elif point.layout == "NCL":
         body = [nn.Unflatten(2, (-1, 1))]
@@ -85,18 +85,16 @@ def _widen(channels: int, steps: int, **dd) -> nn.Sequential:
     add a tenth to the multiply-adds of EfficientNet-Lite0.
     """
     layers: list[nn.Module] = []
-    growth = max(1.0, READABLE / channels)
-    expand = 3 if channels < WIDE else 1
-    wide = channels
+    last, wide = max(channels, READABLE), channels
+    if steps and channels < WIDE:
+        wide = 3 * channels
+        layers.append(ConvNormAct(channels, wide, 1, **dd))
     for step in range(1, steps + 1):
-        if step == 1 and expand > 1:
-            layers.append(ConvNormAct(wide, wide * expand, 1, **dd))
-            wide *= expand
-        after = round(channels * growth ** (step / steps) / 8) * 8 if step < steps else max(channels, READABLE)
+        after = last if step == steps else round(channels * (last / channels) ** (step / steps) / 8) * 8
         layers += [ConvNormAct(wide, wide, 5, stride=2, groups=wide, **dd), ConvNormAct(wide, after, 1, **dd)]
         wide = after
-    if not steps and channels < READABLE:
-        layers.append(ConvNormAct(channels, READABLE, 1, **dd))
+    if wide < last:
+        layers.append(ConvNormAct(wide, last, 1, **dd))
     return nn.Sequential(*layers)
 
 

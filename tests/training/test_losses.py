@@ -555,6 +555,36 @@ def test_heads_only_leaves_the_backbone_as_it_was_after_steps_with_weight_decay(
     assert changed and all(name.startswith("heads.") for name in changed)
 
 
+@pytest.mark.parametrize("without", [(2,), (0, 2), (1,)], ids=str)
+def test_heads_only_leaves_exits_without_a_weight_as_they_were(make, without):
+    weights = [0 if k in without else 1 for k in range(3)]
+    model, task = frozen_task(make, loss_weights=weights, distill_weight=1.0)
+    before = copy.deepcopy(model).eval().forward_exits(images(6))
+    optimizer = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        task(images(6), LABELS)["loss"].backward()
+        optimizer.step()
+    after = model.eval().forward_exits(images(6))
+    assert [torch.equal(old, new) for old, new in zip(before, after)] == [k in without for k in range(3)]
+
+
+def test_labels_do_not_matter_to_early_exits_that_only_learn_from_the_last(make):
+    model, task = frozen_task(make, loss_weights=[1, 1, 0], distill_weight=1.0)
+    one = gradients(task(images(6), LABELS)["loss"], model)
+    assert one
+    for name, gradient in gradients(task(images(6), LABELS.flip(0))["loss"], model).items():
+        assert torch.equal(gradient, one[name]), name
+
+
+def test_heads_of_exits_that_get_a_weight_again_are_trained(make):
+    model = make(train_backbone=False, loss_weights=[1, 1, 0])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.train_for(Objective(train_backbone=False))
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} < frozen
+    assert all(parameter.requires_grad for k in range(3) for parameter in model.head_parameters(k))
+
+
 def test_heads_only_keeps_fresh_classifiers_trainable(make):
     model, _ = frozen_task(make)
     model.reset_classifier(7)

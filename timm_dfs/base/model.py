@@ -139,12 +139,13 @@ class MultiExitModel(nn.Module):
             ValueError: If the objective does not fit the number of exits.
         """
         objective.check_exits(self.num_exits)
-        if objective.train_backbone != self.objective.train_backbone:
+        before, self.objective = self.objective, objective
+        if objective.train_backbone != before.train_backbone or objective.frozen_exits != before.frozen_exits:
             for parameter in self.parameters():
                 parameter.requires_grad = objective.train_backbone
-            for parameter in self.head_parameters():
-                parameter.requires_grad = True
-        self.objective = objective
+            for k in range(self.num_exits):
+                for parameter in self.head_parameters(k):
+                    parameter.requires_grad = k not in objective.frozen_exits
         self._fit_adapters()
         self.train(self.training)
 
@@ -169,6 +170,8 @@ class MultiExitModel(nn.Module):
             for name, module in self.named_children():
                 if name not in ("heads", "adapters"):
                     module.eval()
+            for k in self.objective.frozen_exits & set(range(len(self.heads))):
+                self.heads[k].eval()
         return self
 
     # Provided by subclasses.
@@ -296,9 +299,9 @@ class MultiExitModel(nn.Module):
         """Width of the pooled feature that each exit's classifier reads, shallow to deep."""
         return [head.num_features for head in self.heads]  # type: ignore[misc]
 
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that are trained with ``train_backbone=False``."""
-        return self.heads.parameters()
+    def head_parameters(self, exit_index: int) -> Iterator[nn.Parameter]:
+        """The parameters of an exit's head, which ``train_backbone=False`` goes on training."""
+        return self.heads[exit_index].parameters()
 
     def forward_exits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of all E exits for images (B, in_chans, H, W): E tensors (B, num_classes), shallow to deep."""

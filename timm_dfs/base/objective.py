@@ -25,7 +25,9 @@ class Objective:
             equation 4).
         gradient_equilibrium: Scale the gradients of an exit's head and of the deeper layers at each exit point, so that
             every exit has the same weight there (GE; Li et al., ICCV 2019, arXiv 1908.06294, section 3.2).
-        train_backbone: ``False`` freezes the backbone's parameters and normalisation statistics; only heads train.
+        train_backbone: ``False`` freezes the backbone's parameters and normalisation statistics; only heads train, and
+            of these only those of exits whose loss has a weight. So ``loss_weights=[1, 1, 0]`` keeps the last exit of a
+            pretrained network as it is, also from weight decay.
         aggregator: One of :data:`AGGREGATORS`, or ``None`` for the sum of the exits' gradients.
 
     Raises:
@@ -73,6 +75,13 @@ class Objective:
             object.__setattr__(self, name, float(getattr(self, name)))
         if weights is not None:
             object.__setattr__(self, "loss_weights", tuple(map(float, weights)))  # a copy: the caller's list may change
+
+    @property
+    def frozen_exits(self) -> frozenset[int]:
+        """Exits whose heads are frozen with the backbone, because their loss has no weight."""
+        if self.train_backbone or self.loss_weights is None:
+            return frozenset()
+        return frozenset(k for k, weight in enumerate(self.loss_weights) if weight == 0)
 
     def check_exits(self, num_exits: int) -> None:
         """Raise ``ValueError`` unless these settings fit a network with ``num_exits`` exits."""

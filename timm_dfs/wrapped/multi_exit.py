@@ -235,10 +235,12 @@ class MultiExit(MultiExitModel):
     def pooled_widths(self) -> list[int]:
         return [*super().pooled_widths(), getattr(self.backbone, "head_hidden_size", self.backbone.num_features)]
 
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        yield from super().head_parameters()
-        for classifier in self.get_classifier()[len(self.heads) :]:
-            yield from classifier.parameters()
+    def head_parameters(self, exit_index: int) -> Iterator[nn.Parameter]:
+        if exit_index < len(self.heads):
+            yield from super().head_parameters(exit_index)
+        else:
+            for classifier in self.get_classifier()[len(self.heads) :]:
+                yield from classifier.parameters()
 
     pool_type = None  # the backbone defines its own pooling
 

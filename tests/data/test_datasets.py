@@ -149,6 +149,16 @@ def test_a_split_that_lacks_classes_keeps_the_others_numbers(tmp_path):
     assert targets.tolist() == [1, 4]
 
 
+def test_folders_of_imagenets_synsets_have_imagenets_numbers(tmp_path, recwarn):
+    root = write_folder(tmp_path, ["validation"], classes=("n03000684", "n01440764"), images=1)
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=1000)
+    ((_, targets),) = dataset_loader(model, "", root, "validation", workers=0)
+    assert targets.tolist() == [0, 491]  # tench and chainsaw
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+    with pytest.warns(UserWarning, match="predicts 100 classes.*has 2"):
+        dataset_loader(timm.create_model("dfs_vgg7_cifar100"), "", root, "validation", workers=0)
+
+
 def test_another_number_of_classes_is_warned_of(folder):
     with pytest.warns(UserWarning, match="predicts 100 classes.*has 5"):
         dataset_loader(timm.create_model("dfs_vgg7_cifar100"), "", folder, "validation", workers=0)

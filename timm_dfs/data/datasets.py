@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from torch.utils.data import IterableDataset, Subset
 
@@ -229,7 +229,8 @@ def dataset_loader(
     """timm's evaluation loader over a data set, prepared as the model's ``pretrained_cfg`` says.
 
     A folder of class folders is numbered by ``class_map``; else by the model's class names, where all folders have
-    such a name, and then by the training split beside it: a split that lacks a class keeps the others' numbers.
+    such a name; for a model of 1,000 classes by ImageNet-1k's synsets, where all folders are named so; and then by the
+    training split beside it. So a split that lacks a class keeps the others' numbers.
 
     Args:
         model: The model that is to be evaluated.
@@ -329,11 +330,13 @@ class _Counted:
 
 
 def _known_classes(model: MultiExitModel, root: str | None, split: str) -> dict[str, int] | None:
-    """Numbers of a folder's classes: those that the model's names give, else those of the training split beside it."""
+    """Numbers of a folder's classes by the model's names, ImageNet's synsets, or the training split beside it."""
     own = class_indices(open_dataset("", root, split))
-    names = {name: index for index, name in enumerate(labels_of(model))}
-    if own and own.keys() <= names.keys():
-        return names
+    synsets = ImageNetInfo().label_names() if model.num_classes == 1000 else []
+    for known in (labels_of(model), synsets):
+        names = {name: index for index, name in enumerate(known)}
+        if own and own.keys() <= names.keys():
+            return names
     try:
         training = class_indices(open_dataset("", root, "train"))
     except (ValueError, RuntimeError):

@@ -164,6 +164,30 @@ def test_a_twins_weights_come_back(trained, silent):
     assert_same_logits(loaded(dict(state_dict=model.state_dict())), model)
 
 
+FROZEN_LAST = dict(train_backbone=False, loss_weights=[1, 1, 0], distill_weight=1.0)
+FOR_NEW_CLASSES = dict(num_classes=-1)  # train.py's --pretrained-path
+
+
+def test_a_frozen_last_exit_keeps_its_classifier(base):
+    plain, file = base
+    overlay = dict(file=str(file), **FOR_NEW_CLASSES)
+    with pytest.warns(UserWarning, match="exits are untrained"):
+        model = loaded(overlay, num_classes=CLASSES, **FROZEN_LAST)
+    assert torch.equal(model(x()), plain(x()))
+    with pytest.warns(UserWarning, match="exits are untrained"):
+        model = loaded(overlay, num_classes=CLASSES)
+    assert not torch.equal(model(x()), plain(x()))
+
+
+def test_a_last_exit_whose_classifier_would_be_new_cannot_be_frozen(base, trained):
+    for _, file in (base, trained):
+        with pytest.raises(ValueError, match="freeze the last exit.*num_classes is 9"):
+            loaded(file, num_classes=9, **FROZEN_LAST)
+    assert_same_logits(loaded(trained[1], **FROZEN_LAST), trained[0])
+    with pytest.raises(ValueError, match="freeze the last exit"):
+        loaded(dict(file=str(trained[1]), **FOR_NEW_CLASSES), num_classes=CLASSES, **FROZEN_LAST)
+
+
 def test_a_twins_weights_fit_any_partition(trained):
     model, file = trained
     other = loaded(file, beta="joint", referencing="one_sided")

@@ -164,3 +164,14 @@ def test_an_infinite_threshold_means_never_and_is_saved_as_null(route, taken):
 def test_a_field_that_json_cannot_hold_is_refused_when_saved(route, taken):
     with pytest.raises(ValueError, match=r"Preset 'mine' cannot be written as JSON.*nan"):
         taken(route, dict(thresholds=[0.5, 0.5, 0.0], note=math.nan))
+
+
+def test_a_last_exit_with_a_new_classifier_cannot_be_frozen(shipped):
+    model = tiny_vgg()
+    frozen = dict(train_backbone=False, loss_weights=[1] * (model.num_exits - 1) + [0])
+    weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(shipped / "model.safetensors")))
+    kept = tiny_vgg(**weights, **frozen)
+    assert kept.objective.freezes_last_exit and kept.num_classes == model.num_classes
+    with pytest.raises(ValueError, match=f"its classifier is new: the weights have {model.num_classes} classes"):
+        timm.create_model(f"local-dir:{shipped}", pretrained=True, num_classes=model.num_classes + 1, **frozen)
+    assert timm.create_model(f"local-dir:{shipped}", num_classes=model.num_classes + 1, **frozen)

@@ -83,6 +83,11 @@ class Objective:
             return frozenset()
         return frozenset(k for k, weight in enumerate(self.loss_weights) if weight == 0)
 
+    @property
+    def freezes_last_exit(self) -> bool:
+        """Whether the last exit is among :attr:`frozen_exits`."""
+        return self.loss_weights is not None and len(self.loss_weights) - 1 in self.frozen_exits
+
     def check_exits(self, num_exits: int) -> None:
         """Raise ``ValueError`` unless these settings fit a network with ``num_exits`` exits."""
         if self.loss_weights is not None and len(self.loss_weights) != num_exits:

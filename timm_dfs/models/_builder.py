@@ -9,7 +9,7 @@ from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, clean_s
 from ..base.features import ExitFeatures
 from ..base.model import MultiExitModel
 from ..base.objective import take_settings
-from ..pretrained.checks import fit_checkpoint, settle_presets
+from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets
 from ..pretrained.packaged import packaged_file, packaged_names
 from ..pretrained.sources import resolve
 
@@ -107,5 +107,7 @@ def build_model(
         ) from error
     if isinstance(model, MultiExitModel):  # features_only wraps it
         settle_presets(model, trained)
+        if pretrained:
+            check_last_exit(model, objective, model.pretrained_cfg["num_classes"])
         model.train_for(objective)
     return model

@@ -14,7 +14,7 @@ from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_d
 
 from ..base.arguments import check_names
 from ..base.objective import SETTINGS, take_settings
-from ..pretrained.checks import fit_checkpoint, settle_presets
+from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets
 from ..pretrained.packaged import packaged_file, packaged_images, packaged_names
 from ..pretrained.sources import resolve
 from ..wrapped.multi_exit import MultiExit
@@ -115,7 +115,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     state_dict = _weights(cfg) if pretrained else None
     if state_dict and not _has_exits(state_dict):
         from_base = True
-        base_overlay.update(_fitting(state_dict, cfg, overlay or {}, kwargs))
+        base_overlay.update(_fitting(state_dict, cfg, overlay or {}, kwargs, objective.freezes_last_exit))
     backbone: Any = timm.create_model(
         _tagged(base, cfg, from_base),
         pretrained=from_base,
@@ -130,6 +130,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         backbone.pretrained_cfg["input_size"] = (3, *to_2tuple(kwargs["img_size"]))
     model = MultiExit(backbone, **exit_args)
     model.pretrained_cfg = _config(cfg, model)
+    classes_loaded = base_overlay["num_classes"]
     if from_base:
         warnings.warn(
             f"{name} has the weights of timm's {base}; its {model.num_exits - 1} early exits are untrained. Train them "
@@ -145,6 +146,9 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             in_chans=model.in_chans,
             filter_fn=lambda weights, model: _checked(weights, model, config),
         )
+        classes_loaded = config["num_classes"]
+    if pretrained:
+        check_last_exit(model, objective, classes_loaded)
     settle_presets(model, trained_args)
     model.train_for(objective)
     return model
@@ -207,12 +211,15 @@ def _fingerprints(state_dict: dict[str, Any]) -> set[tuple[int, float]]:
 
 
 def _fitting(
-    state_dict: dict[str, Any], cfg: PretrainedCfg, overlay: dict[str, Any], kwargs: dict[str, Any]
+    state_dict: dict[str, Any], cfg: PretrainedCfg, overlay: dict[str, Any], kwargs: dict[str, Any], keep: bool
 ) -> dict[str, Any]:
-    """The overlay for loading the base's weights from a file; the classifier is kept if it has the wanted classes."""
+    """The overlay for loading the base's weights from a file; the classifier is kept if it has the wanted classes.
+
+    ``train.py --pretrained-path`` asks for a new one whatever the classes, which ``keep`` overrules.
+    """
     classifier = state_dict.get(f"{cfg.classifier}.weight")
     wanted = kwargs.get("num_classes")
-    if classifier is not None and len(classifier) == wanted and overlay.get("num_classes", wanted) > 0:
+    if classifier is not None and len(classifier) == wanted and (keep or overlay.get("num_classes", wanted) > 0):
         return dict(overlay, num_classes=wanted)
     return overlay
 

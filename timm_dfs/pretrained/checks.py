@@ -7,6 +7,7 @@ from timm.models import get_arch_name
 
 from ..base.chain import KEY as CHAIN_KEY
 from ..base.model import MultiExitModel
+from ..base.objective import Objective
 from ..calibration.operating_point import check_preset
 from .packaged import CONFIG_FILE
 
@@ -97,6 +98,26 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
         raise ValueError(
             f"The weights from {source} do not fit {type(model).__name__}: {' and '.join(problems)} of its "
             f"{len(expected)} tensors. Give the exits and other settings that they were trained with."
+        )
+
+
+def check_last_exit(model: MultiExitModel, objective: Objective, classes: int) -> None:
+    """Refuse to freeze a last exit, and perhaps to learn from it, whose classifier is not that of the weights loaded.
+
+    Args:
+        model: The model, with its weights.
+        objective: The settings that it is to be trained with.
+        classes: Number of classes of the weights, by which timm decides whether to keep their classifiers; negative if
+            new ones were asked for.
+
+    Raises:
+        ValueError: If ``objective`` freezes the last exit and its classifier is new.
+    """
+    if objective.freezes_last_exit and classes != model.num_classes:
+        raise ValueError(
+            f"These settings freeze the last exit, but its classifier is new: the weights have "
+            f"{classes if classes > 0 else 'other'} classes, and num_classes is {model.num_classes}. Give the weights' "
+            "number of classes (train.py --num-classes), or the last exit a weight in loss_weights."
         )
 
 

@@ -159,6 +159,14 @@ def test_folders_of_imagenets_synsets_have_imagenets_numbers(tmp_path, recwarn):
         dataset_loader(timm.create_model("dfs_vgg7_cifar100"), "", root, "validation", workers=0)
 
 
+def test_a_name_that_two_classes_have_numbers_no_folder(tmp_path):
+    root = write_folder(tmp_path, ["test"], classes=("bee", "eel"), images=1)
+    model = tiny_vgg()
+    model.pretrained_cfg["label_names"] = ("bee", "ant", "eel", "dog", "eel")
+    with pytest.warns(UserWarning, match="predicts 5 classes.*has 2"):
+        dataset_loader(model, "", root, "test", workers=0)
+
+
 def test_another_number_of_classes_is_warned_of(folder):
     with pytest.warns(UserWarning, match="predicts 100 classes.*has 5"):
         dataset_loader(timm.create_model("dfs_vgg7_cifar100"), "", folder, "validation", workers=0)

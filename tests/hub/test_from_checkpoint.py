@@ -88,6 +88,10 @@ def test_a_checkpoint_becomes_a_folder_that_can_be_published(checkpoint, tmp_pat
         (dict(beta="joint", chain=0.5), "trained jointly (no partition), with chained exits (chain 0.5)"),
         (dict(beta=0.25, train_backbone=False), "whose heads alone were trained, on a frozen backbone"),
         (dict(beta="joint", train_backbone=False), "whose heads alone were trained, on a frozen backbone"),
+        (
+            dict(beta="joint", train_backbone=False, loss_weights=[1, 1, 0], distill_weight=1.0),
+            "whose early exits alone were trained, on a frozen backbone",
+        ),
     ],
 )
 def test_the_card_of_a_users_run_says_what_the_run_was(settings, words, checkpoint, tmp_path, monkeypatch):
@@ -100,6 +104,7 @@ def test_the_card_of_a_users_run_says_what_the_run_was(settings, words, checkpoi
     assert done.exit_code == 0, done.output
     card = (tmp_path / "mine" / "README.md").read_text()
     assert f"A network with 3 exits, {words}." in card and "Trained for 1 epoch with" in card
+    assert ("learnt from its last exit's logits, without labels" in card) == ("distill_weight" in settings)
     assert card.count("Deep Feature Surgery (") == words.count("Deep Feature Surgery (")
     assert "started from the file `backbone.pth`" in card
     assert "training split `train`, validation split `validation`" in card
@@ -111,6 +116,20 @@ def test_the_card_of_a_users_run_says_what_the_run_was(settings, words, checkpoi
     exec(snippet, names)
     expected = hub.load(f"local-dir:{tmp_path / 'mine'}").state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in names["model"].state_dict().items())
+
+
+def test_the_card_compares_exits_with_the_last_on_the_same_images(checkpoint, tmp_path):
+    done = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0)
+    assert done.exit_code == 0, done.output
+    test = json.loads((tmp_path / "mine" / "results.json").read_text())["test"]
+    for top1, (points, error) in zip(test["top1"], test["against_last"], strict=True):
+        assert points == pytest.approx(top1 - test["top1"][-1], abs=1e-4) and error >= 0
+    assert test["against_last"][-1] == [0, 0]
+    for preset in test["presets"].values():
+        assert preset["against_last"][0] == pytest.approx(preset["top1"] - test["top1"][-1], abs=1e-4)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "| {:+.2f} ± {:.2f} |".format(*test["against_last"][0]) in card
+    assert "compare exits and presets with each other, not with figures measured on other images" in card
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_a_frozen_last_exit_keeps_its_classifier(base):
 
 def test_a_last_exit_whose_classifier_would_be_new_cannot_be_frozen(base, trained):
     for _, file in (base, trained):
-        with pytest.raises(ValueError, match="freeze the last exit.*num_classes is 9"):
+        with pytest.raises(ValueError, match=r"freeze the last exit.*num_classes is 9"):
             loaded(file, num_classes=9, **FROZEN_LAST)
     assert_same_logits(loaded(trained[1], **FROZEN_LAST), trained[0])
     with pytest.raises(ValueError, match="freeze the last exit"):

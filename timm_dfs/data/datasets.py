@@ -334,7 +334,7 @@ def _known_classes(model: MultiExitModel, root: str | None, split: str) -> dict[
     own = class_indices(open_dataset("", root, split))
     synsets = ImageNetInfo().label_names() if model.num_classes == 1000 else []
     for known in (labels_of(model), synsets):
-        names = {name: index for index, name in enumerate(known)}
+        names = {name: index for index, name in enumerate(known) if known.count(name) == 1}
         if own and own.keys() <= names.keys():
             return names
     try:

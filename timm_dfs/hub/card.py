@@ -1,6 +1,7 @@
 """Model cards: Markdown with the Hub's metadata, generated from measured results and the files in templates/ only."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,13 @@ DATA_SETS = {
         "CIFAR-100",
         "The images of CIFAR-100 have 32×32 pixels, and its 100 classes are an arbitrary selection.",
         paper_epochs=300,
-    )
+    ),
+    "ilsvrc2012-val-650": DataSet(
+        "650 images of ImageNet's validation set",
+        "The network distinguishes the 1,000 classes of ImageNet-1k. It was measured on 650 of its 50,000 validation "
+        "images, an easier sample than the whole: these are no ImageNet accuracies. Where the whole set is at hand, "
+        "`timm-dfs eval` measures those.",
+    ),
 }
 """Data sets by their id on the Hub."""
 
@@ -136,6 +143,8 @@ def card(folder: Path) -> str:
         name=results["model"],
         exits=exits,
         regime=_regime(arguments, training),
+        learnt_from_last=training.get("objective", {}).get("distill_weight") == 1,
+        standard_error=math.sqrt(exits[-1]["top1"] * (100 - exits[-1]["top1"]) / results["test"]["samples"]),
         packages_own=_is_packages_own(results),
         by_name=_is_packages_own(results) and all(preset["measured"] for preset in presets),
         folder=folder.name,
@@ -170,8 +179,10 @@ def _regime(arguments: dict[str, Any], training: dict[str, Any]) -> str:
 
 
 def _partition(arguments: dict[str, Any], training: dict[str, Any]) -> str:
-    if training.get("objective", {}).get("train_backbone") is False:
-        return "whose heads alone were trained, on a frozen backbone"
+    objective = training.get("objective", {})
+    if objective.get("train_backbone") is False:
+        frozen_last = (objective.get("loss_weights") or [1])[-1] == 0
+        return f"whose {'early exits' if frozen_last else 'heads'} alone were trained, on a frozen backbone"
     if arguments["beta"] == "joint":
         return "trained jointly (no partition)"
     beta, referencing = _described(arguments["beta"]), arguments["referencing"]

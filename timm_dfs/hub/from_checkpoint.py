@@ -138,10 +138,12 @@ def accuracy(split: Split) -> dict[str, Any]:
     """Accuracy and calibration of each exit; also accuracy together with the exits before, and disagreement.
 
     Together is the mean log-probability; disagreement is the percentage of samples for which an exit on its own
-    predicts another class than the last exit.
+    predicts another class than the last exit. Against the last exit are the difference in accuracy, in percentage
+    points, and its standard error.
     """
     logits, targets = split
     predicted = logits.argmax(-1)
+    correct = predicted == targets
     return dict(
         samples=len(targets),
         top1=anytime_accuracy(logits, targets).tolist(),
@@ -149,14 +151,24 @@ def accuracy(split: Split) -> dict[str, Any]:
         ece=calibration_error(logits, targets).tolist(),
         top1_ensemble=anytime_accuracy(ensemble_logits(logits), targets).tolist(),
         disagreement=[100 * (row != predicted[-1]).double().mean().item() for row in predicted],
+        against_last=[_difference(row, correct[-1]) for row in correct],
     )
+
+
+def _difference(correct: torch.Tensor, of_last: torch.Tensor) -> list[float]:
+    """Difference in accuracy between two predictors of the same samples, and its standard error, percentage points."""
+    each = correct.double() - of_last.double()
+    return [100 * each.mean().item(), 100 * (each.std(correction=0) / len(each) ** 0.5).item()]
 
 
 def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, Any]:
     """Accuracy, cost and exit shares of an operating point on the test split."""
     found = measure_policy(point, test, flops)
+    logits, targets = test
+    at_exit = (point.policy.predicted(logits).argmax(-1) == targets).gather(0, point.policy.exit_index(logits)[None])[0]
     return dict(
         top1=found.accuracy,
+        against_last=_difference(at_exit, logits[-1].argmax(-1) == targets),
         average_flops=found.average_flops,
         exit_shares=list(found.exit_shares),
         thresholds=point.preset()["thresholds"],

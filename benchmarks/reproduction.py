@@ -18,6 +18,7 @@ from timm_dfs.report.published import published_results
 ROOT = Path(__file__).parent.parent
 TEXT, PLOT = "reproduction.md", "reproduction.svg"
 DFS, JOINT = "dfs_msdnet_cifar100", "dfs_msdnet_cifar100.joint"
+FINE_TUNED_DFS, FINE_TUNED_JOINT = "dfs_tf_efficientnet_lite0.cifar100_dfs", "dfs_tf_efficientnet_lite0.cifar100"
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Quantile of Student's t, two-sided at 95 %, by the number of seeds."""
 
@@ -44,7 +45,10 @@ def main() -> None:
 
 def generated(root: Path) -> dict[str, str]:
     """Contents of the files under docs/, by name, generated from a checkout's results."""
-    results = {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in (DFS, JOINT)}
+    results, fine_tuned = (
+        {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in names}
+        for names in ((DFS, JOINT), (FINE_TUNED_DFS, FINE_TUNED_JOINT))
+    )
     short = {
         method: json.loads((root / "benchmarks/results/short" / f"{name}.json").read_text())
         for method, name in dict(dfs=DFS, joint=JOINT).items()
@@ -72,6 +76,7 @@ def generated(root: Path) -> dict[str, str]:
         half={name: at_most(results[name], dfs["last_exit_flops"] / 2) for name in results},
         reached=reached(dfs, joint),
         study=study(runs),
+        fine_tuned=dict(dfs=fine_tuned[FINE_TUNED_DFS], joint=fine_tuned[FINE_TUNED_JOINT]),
         distill_weight=SETTINGS["joint, distilled"]["distill_weight"],
         speeds=speeds,
     )

@@ -54,8 +54,10 @@ def test_the_picture_is_what_the_results_make_byte_for_byte():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Results of the shipped models, without their weights."""
+    """Results of the shipped models on the picture's data set, without their weights."""
     for file in (ROOT / "hub").glob("*/results.json"):
+        if json.loads(file.read_text())["dataset"] != overview.DATASET:
+            continue
         folder = tmp_path / "hub" / file.parent.name
         folder.mkdir(parents=True)
         for name in ("results.json", "config.json"):
@@ -87,8 +89,8 @@ def test_a_more_accurate_preset_is_drawn_higher(checkout):
     assert highest() < before
 
 
-def test_results_on_two_data_sets_do_not_share_a_picture(checkout):
+def test_a_model_of_another_data_set_is_not_in_the_picture(checkout):
     file = checkout / "hub" / "dfs_msdnet_cifar100" / "results.json"
+    before = overview.picture(checkout)
     file.write_text(json.dumps(dict(json.loads(file.read_text()), dataset="other")))
-    with pytest.raises(ValueError, match="other"):
-        overview.picture(checkout)
+    assert overview.picture(checkout).count("<polyline") < before.count("<polyline")

@@ -38,6 +38,9 @@ def root(tmp_path):
         (tmp_path / "hub" / name).mkdir(parents=True)
         (tmp_path / "hub" / name / "results.json").write_text(json.dumps(results))
         (tmp_path / "hub" / name / "config.json").write_text((ROOT / "hub" / name / "config.json").read_text())
+    for name in (reproduction.FINE_TUNED_DFS, reproduction.FINE_TUNED_JOINT):
+        (tmp_path / "hub" / name).mkdir()
+        (tmp_path / "hub" / name / "results.json").write_text((ROOT / "hub" / name / "results.json").read_text())
     (tmp_path / "benchmarks/results/short").mkdir(parents=True)
     for name, behind in {reproduction.DFS: 2.0, reproduction.JOINT: 0.0}.items():
         short = dict(training=dict(dfs["training"], epochs=3), test=dict(top1=[30.0 - behind] * 7))

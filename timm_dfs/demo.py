@@ -2,10 +2,11 @@
 
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .base.model import MultiExitModel
 from .data.images import prepare
@@ -14,15 +15,20 @@ from .inference.prediction import predict, resolve_policy
 
 MODEL = "dfs_msdnet_cifar100.joint"
 
-# Photographs in scikit-image, and CIFAR-100's class of their subject (None: it has no such class).
-PHOTOGRAPHS: dict[str, str | None] = {
-    "rocket": "rocket",
-    "coffee": "cup",
-    "astronaut": "woman",
-    "stereo_motorcycle": "motorcycle",
-    "chelsea": None,
-    "hubble_deep_field": None,
+PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
+    "chelsea": ("tabby", "tiger cat", "Egyptian cat"),
+    "coffee": ("cup", "espresso"),
+    "rocket": ("rocket", "missile"),
+    "stereo_motorcycle": ("motorcycle", "moped"),
+    "astronaut": ("woman",),
+    "hubble_deep_field": (),
 }
+"""Photographs in scikit-image, and the classes of CIFAR-100 and ImageNet-1k that their subject belongs to."""
+
+
+def subject(name: str, labels: Sequence[str]) -> list[str]:
+    """The classes among ``labels`` that are right for one of :data:`PHOTOGRAPHS`; none if it shows no such class."""
+    return [each for each in PHOTOGRAPHS[name] if each in labels]
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -42,6 +48,29 @@ def photographs() -> dict[str, Image.Image]:
         loaded = getattr(data, name)()
         images[name] = Image.fromarray(loaded[0] if isinstance(loaded, tuple) else loaded).convert("RGB")
     return images
+
+
+def strip(images: Mapping[str, Image.Image], captions: Mapping[str, Sequence[str]], height: int = 240) -> Image.Image:
+    """Pictures beside each other, of the same height, each with its lines of text below.
+
+    Args:
+        images: RGB pictures by name.
+        captions: Lines of text by the same names.
+        height: Height of the pictures, pixels.
+    """
+    font, gap, line = ImageFont.load_default(15), 8, 20
+    text_width = max(font.getlength(text) for lines in captions.values() for text in lines)
+    shown = {name: image.resize((round(image.width * height / image.height), height)) for name, image in images.items()}
+    widths = {name: max(image.width, round(text_width)) + gap for name, image in shown.items()}
+    lines = max(map(len, captions.values()))
+    canvas = Image.new("RGB", (sum(widths.values()) + gap, height + 3 * gap + lines * line), "white")
+    draw, left = ImageDraw.Draw(canvas), gap
+    for name, image in shown.items():
+        canvas.paste(image, (left, gap))
+        for i, text in enumerate(captions[name]):
+            draw.text((left, height + 2 * gap + i * line), text, "black", font)
+        left += widths[name]
+    return canvas
 
 
 @dataclass(frozen=True)

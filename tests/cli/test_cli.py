@@ -131,12 +131,15 @@ def test_eval_gives_every_exit_s_accuracy_and_cost(checkpoint, pictures):
     assert "top-1" in run(*args).stdout
 
 
-def test_demo_answers_real_photographs_and_says_which_it_cannot_know():
-    data = run_json("demo", "--batch-size", 4)
+def test_demo_answers_real_photographs_and_says_which_it_cannot_know(tmp_path):
+    args = "demo", "dfs_msdnet_cifar100.joint", "--batch-size", 4
+    data = run_json(*args, "--save", tmp_path / "strip.png")
     assert sum(data["exit_counts"]) == 4
-    assert {row["image"] for row in data["photographs"] if row["subject"] is None} == {"chelsea", "hubble_deep_field"}
+    assert {row["image"] for row in data["photographs"] if not row["subject"]} == {"chelsea", "hubble_deep_field"}
     assert data["images_per_second"]["early_exit"] > 0
-    shown = run("demo", "--batch-size", 4).stdout
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.width > 1000 and strip.height > 240
+    shown = run(*args).stdout
     assert "rocket" in shown and "images/s" in shown and "no class for chelsea" in shown
 
 
@@ -149,6 +152,7 @@ def test_demo_answers_real_photographs_and_says_which_it_cannot_know():
         (("flops", "dfs_vgg7_cifar100", "--input-size", 3, 0, 32), ("(3, 0, 32)",)),
         (("eval", "dfs_vgg16_imagenet", "--dataset", "hfds/x"), ("dfs_vgg16_imagenet", "train.py")),
         (("demo", "--preset", "quick"), ("quick", "balanced")),
+        (("demo", "--save", "strip.jpg"), ("strip.jpg", ".png")),
         (("flops", "dfs_vgg7_cifar100.foo"), ("dfs_vgg7_cifar100.foo",)),
         (("flops", "dfs_vgg7_cifar100", "--input-size", 1, 32, 32), ("(1, 32, 32)", "3 channels")),
     ],

@@ -89,12 +89,15 @@ def test_the_readmes_comparison_of_the_weights_matches_the_results():
     assert "On the held-out images joint training is ahead at every exit" in readme
     assert "on the test images DFS is ahead at the first exit only" in readme
 
-    def dfs_is_ahead(split):
-        joint, dfs = (results(name)[split]["top1"] for name in ("dfs_msdnet_cifar100.joint", "dfs_msdnet_cifar100"))
-        return [ours > theirs for ours, theirs in zip(dfs, joint)]
+    def dfs_is_ahead(split, joint="dfs_msdnet_cifar100.joint", dfs="dfs_msdnet_cifar100"):
+        return [ours > theirs for ours, theirs in zip(results(dfs)[split]["top1"], results(joint)[split]["top1"])]
 
     assert not any(dfs_is_ahead("held_out"))
     assert dfs_is_ahead("test") == [True] + 6 * [False]
+    assert "it is ahead at the first exit on the held-out images, and at no exit on the test images" in readme
+    fine_tuned = [f"dfs_tf_efficientnet_lite0.{tag}" for tag in ("cifar100", "cifar100_dfs")]
+    assert dfs_is_ahead("held_out", *fine_tuned) == [True] + 3 * [False]
+    assert not any(dfs_is_ahead("test", *fine_tuned))
 
 
 def test_each_preset_of_the_recommended_weights_is_more_accurate_than_the_others_and_cheaper():

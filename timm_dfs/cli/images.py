@@ -181,13 +181,16 @@ def _predictions(
 
 @command("demo")
 def run_demo(
+    model_name: Annotated[str, typer.Argument(help="A model with packaged weights.", metavar="MODEL")] = demo.MODEL,
     preset: Annotated[str, typer.Option(help="Preset.")] = DEFAULT_PRESET,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the timed batch.")] = 64,
+    save: Annotated[Path | None, typer.Option(help="PNG to write: the photographs with their predictions.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show early exit on photographs: predictions, exits taken, costs, and the measured speed-up."""
+    if save is not None and save.suffix.lower() != ".png":
+        raise ValueError(f"--save is {save}; give a file that ends with .png.")
     images = demo.photographs()
-    model_name = demo.MODEL
     model = create(model_name, pretrained=True)
     policy = resolve_policy(model, preset)
     counted = Costs(model)
@@ -195,11 +198,12 @@ def run_demo(
     predictions = _predictions(model, [*images.items()], policy, costs, whole)
     speed = demo.measure(model, [*images.values()], policy, batch_size)
     mean_cost = sum(count * cost for count, cost in zip(speed.exit_counts, costs, strict=True)) / batch_size
+    labels = labels_of(model)
     data: dict[str, Any] = dict(
         model=model_name,
         preset=preset,
         last_exit_alone=whole,
-        photographs=[dict(row, subject=demo.PHOTOGRAPHS[row["image"]]) for row in predictions],
+        photographs=[dict(row, subject=demo.subject(row["image"], labels)) for row in predictions],
         batch_size=batch_size,
         exit_counts=speed.exit_counts,
         mean_flops=mean_cost,
@@ -207,13 +211,15 @@ def run_demo(
         threads=torch.get_num_threads(),
         torch=torch.__version__,
     )
+    if save is not None:
+        demo.strip(images, {row["image"]: _caption(row) for row in predictions}).save(save)
     if as_json:
         return print_json(data)
     table = make_table("photograph", "is a", "prediction", "exit", "confidence", "cost, M", "saved")
     for row in data["photographs"]:
         table.add_row(
             row["image"],
-            row["subject"] or "[dim]none[/]",
+            " or ".join(row["subject"]) or "[dim]none[/]",
             row["label"],
             str(row["exit"]),
             f"{row['exits'][row['exit']]['confidence']:.3f}",
@@ -221,9 +227,9 @@ def run_demo(
             f"{row['saved']:.0%}",
         )
     console.print(table)
-    absent = [row["image"] for row in data["photographs"] if row["subject"] is None]
+    absent = [row["image"] for row in data["photographs"] if not row["subject"]]
     console.print(
-        f"CIFAR-100 has no class for {', '.join(absent)}: every prediction for them is wrong. "
+        f"{model_name} has no class for {', '.join(absent)}: every prediction for them is wrong. "
         "Costs are multiply-adds; savings are relative to the last exit alone."
     )
     console.print(
@@ -232,3 +238,14 @@ def run_demo(
         f"[bold]{speed.early / speed.full:.2f}×[/] as fast, with {whole / mean_cost:.2f}× fewer multiply-adds. "
         f"Exits 0 to {model.num_exits - 1} were taken by {', '.join(map(str, speed.exit_counts))} of them."
     )
+    if save is not None:
+        console.print(f"The photographs with their predictions: {save}")
+
+
+def _caption(row: dict[str, Any]) -> list[str]:
+    confidence = row["exits"][row["exit"]]["confidence"]
+    return [
+        row["label"],
+        f"exit {row['exit']}, confidence {confidence:.2f}",
+        f"{millions(row['flops'])} M multiply-adds",
+    ]

@@ -14,7 +14,7 @@ from .calibration.temperature import fit_temperatures
 from .data.images import open_image
 from .evaluation.accuracy import anytime_accuracy, calibration_error, collect_logits
 from .evaluation.flops import exit_flops
-from .export import export_onnx
+from .export import export_executorch, export_onnx
 from .hub.folder import write_presets
 from .inference.ensemble import ensemble_logits
 from .inference.fusion import fuse
@@ -46,6 +46,7 @@ __all__ = [
     "control_risk",
     "ensemble_logits",
     "exit_flops",
+    "export_executorch",
     "export_onnx",
     "find_thresholds",
     "fit_ensemble",

@@ -466,6 +466,7 @@ def test_bench_compares_onnx_runtime_and_takes_the_fastest_last_exit_alone_as_ba
         assert timings[baseline]["speedup"] == timings[baseline]["cost_ratio"] == 1
         assert timings["half the cost"]["cost_ratio"] == timings["half the cost, ONNX"]["cost_ratio"]
         assert timings["last exit alone"]["cost_ratio"] == timings["last exit alone, ONNX"]["cost_ratio"] == 1
+    assert "onnxruntime 1." in data["machine"]
 
 
 def test_bench_refuses_a_runtime_that_it_does_not_know():

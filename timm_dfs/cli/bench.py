@@ -103,7 +103,7 @@ def bench(
         timings = measure(network, images, policies, sizes, seconds, further=further)
     found: dict[str, Any] = dict(
         model=model_name,
-        machine=describe_machine(),
+        machine=describe_machine(*(["onnxruntime"] if runtime == "onnx" else [])),
         images=data.dataset or str(data.data_dir or "noise"),
         input_size=list(images.shape[1:]),
         fused=not as_is,

@@ -1,6 +1,7 @@
 """The machine that figures are measured on."""
 
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
@@ -21,6 +22,7 @@ def threads() -> str:
     return f"{count} thread{'s' * (count != 1)}"
 
 
-def describe_machine() -> str:
-    """Processor, threads and versions, to print beside measurements."""
-    return f"{processor()}, {threads()}, torch {torch.__version__}, timm {timm.__version__}"
+def describe_machine(*packages: str) -> str:
+    """Processor, threads and versions, to print beside measurements: torch's, timm's and those of further packages."""
+    versions = dict(torch=torch.__version__, timm=timm.__version__, **{name: version(name) for name in packages})
+    return ", ".join([processor(), threads(), *(f"{name} {number}" for name, number in versions.items())])

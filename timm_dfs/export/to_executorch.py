@@ -58,6 +58,16 @@ def export_executorch(
             fails.
         ModuleNotFoundError: Without the extra ``executorch``.
         OSError: If the files cannot be written.
+
+    Example:
+        Skipped by the tests, which run without the extra:
+
+        >>> import tempfile, timm, timm_dfs
+        >>> model = timm.create_model("dfs_vgg7_cifar100", depths=(1, 1), widths=(4, 4), num_classes=3)
+        >>> policy = timm_dfs.ExitPolicy([0.5, 0.0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(timm_dfs.export_executorch(model, f"{folder}/vgg", policy).files)  # doctest: +SKIP
+        ['router.json', 'router.py', 'stage_0.pte', 'stage_1.pte']
     """
     folder = Path(folder)
     check_arguments(model, folder, "stages", 1, False)

@@ -16,8 +16,9 @@ come onto the card, the licence's text into the folder. ``--first-recipe`` names
 A run on a folder of photographs without labels is measured on other data: class folders under ``--data-dir``, of which
 ``--held-out`` is for thresholds and ``--test`` is measured. ``--measured-on`` is their name on the card:
 
-    python recipes/ship.py output/train/RUN --recipe recipes/dfs_tf_efficientnet_lite0_without_labels.yaml \
-        --img-size 224 --data-dir imagenet --held-out thresholds --test validation --measured-on imagenet-1k
+    python recipes/ship.py output/train/RUN --recipe recipes/dfs_tf_efficientnet_lite0_without_labels.yaml \\
+        --tag in1k_distilled --img-size 224 --data-dir photographs/val --held-out thresholds --test test \\
+        --measured-on imagenet-1k-sample
 """
 
 import argparse
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--test", default="test", help="split to measure on")
     parser.add_argument("--measured-on", help="name of the data measured on, if not the run's own data set")
     args = parser.parse_args()
+    if bool(args.data_dir) != bool(args.measured_on and args.held_out):
+        parser.error("--data-dir, --held-out and --measured-on are given together or not at all")
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
     changed = differences(recipe, run)
@@ -88,7 +91,8 @@ def main() -> None:
 
     def collect(model: timm_dfs.MultiExitModel, split: str) -> export.Split:
         keys = run["input_key"], run["target_key"]
-        loader = dataset_loader(model, dataset, args.data_dir or run["data_dir"], split, *keys, workers=1)
+        where = ("", args.data_dir, split) if args.data_dir else (dataset, run["data_dir"], split, *keys)
+        loader = dataset_loader(model, *where, workers=1)
         return timm_dfs.collect_logits(model, loader)
 
     training = dict(
@@ -110,7 +114,7 @@ def main() -> None:
     model = export.trained_model(of_checkpoint, checkpoint)
     if not model.pretrained_cfg.get("label_names") and facts["dataset"] == "uoft-cs/cifar100":
         model.pretrained_cfg["label_names"] = LABEL_NAMES  # a copy of its files without the Hub's card has no names
-    if model.num_classes == 1000:
+    if args.measured_on == "imagenet-1k-sample":
         model.pretrained_cfg["label_names"] = imagenet_names()
     if args.img_size is not None:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)

@@ -167,6 +167,15 @@ def test_a_name_that_two_classes_have_numbers_no_folder(tmp_path):
         dataset_loader(model, "", root, "test", workers=0)
 
 
+def test_classes_that_are_known_by_name_need_no_warning(tmp_path, recwarn):
+    root = write_folder(tmp_path, ["test"], classes=("bee", "ant"), images=1)
+    model = tiny_vgg()
+    model.pretrained_cfg["label_names"] = ("bee", "ant", "eel", "dog", "eel")
+    ((_, targets),) = dataset_loader(model, "", root, "test", workers=0)
+    assert targets.tolist() == [1, 0]
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
 def test_another_number_of_classes_is_warned_of(folder):
     with pytest.warns(UserWarning, match="predicts 100 classes.*has 5"):
         dataset_loader(timm.create_model("dfs_vgg7_cifar100"), "", folder, "validation", workers=0)

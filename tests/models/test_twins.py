@@ -184,8 +184,21 @@ def test_a_last_exit_whose_classifier_would_be_new_cannot_be_frozen(base, traine
         with pytest.raises(ValueError, match=r"freeze the last exit.*num_classes is 9"):
             loaded(file, num_classes=9, **FROZEN_LAST)
     assert_same_logits(loaded(trained[1], **FROZEN_LAST), trained[0])
-    with pytest.raises(ValueError, match="freeze the last exit"):
-        loaded(dict(file=str(trained[1]), **FOR_NEW_CLASSES), num_classes=CLASSES, **FROZEN_LAST)
+    assert_same_logits(loaded(dict(file=str(trained[1]), **FOR_NEW_CLASSES), **FROZEN_LAST), trained[0])
+
+
+def test_a_frozen_last_exit_keeps_both_classifiers_of_a_distilled_base(tmp_path):
+    name = "deit_tiny_distilled_patch16_224"
+    plain = timm.create_model(name, num_classes=CLASSES).eval()
+    torch.save(plain.state_dict(), tmp_path / "base.pth")
+    settings = dict(FROZEN_LAST, loss_weights=[1, 0], exits=2, num_classes=CLASSES)
+    overlay = dict(file=str(tmp_path / "base.pth"), **FOR_NEW_CLASSES)
+    with pytest.warns(UserWarning, match="exits are untrained"):
+        model = timm.create_model(f"dfs_{name}", pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+    image = torch.zeros(1, 3, 224, 224)
+    assert torch.equal(model.eval()(image), plain(image))
+    frozen = {parameter_name for parameter_name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {f"backbone.{head}.weight" for head in ("head", "head_dist")} <= frozen
 
 
 def test_a_twins_weights_fit_any_partition(trained):

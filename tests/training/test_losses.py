@@ -577,6 +577,29 @@ def test_labels_do_not_matter_to_early_exits_that_only_learn_from_the_last(make)
         assert torch.equal(gradient, one[name]), name
 
 
+def test_a_frozen_last_exit_gets_no_new_classifier(make):
+    model = make(train_backbone=False, loss_weights=[1, 1, 0])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"a new classifier would stay random; first call train_for"):
+        model.reset_classifier(7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.train_for(Objective())
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+
+
+def test_a_last_exit_that_is_chained_cannot_be_frozen(make):
+    with pytest.raises(ValueError, match=r"exits are chained \(chain=0.5\).*give chain=0"):
+        make(train_backbone=False, loss_weights=[1, 1, 0], chain=0.5)
+
+
+def test_adapters_are_trained_whatever_is_frozen(make):
+    model = make()
+    model.train_for(Objective(distill_feature_weight=0.1))
+    model.train_for(Objective(distill_feature_weight=0.1, train_backbone=False, loss_weights=[1, 1, 0]))
+    assert all(parameter.requires_grad for parameter in model.adapters.parameters())
+
+
 def test_heads_of_exits_that_get_a_weight_again_are_trained(make):
     model = make(train_backbone=False, loss_weights=[1, 1, 0])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

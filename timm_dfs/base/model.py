@@ -136,9 +136,16 @@ class MultiExitModel(nn.Module):
         """Prepare the model for training with ``objective``: freeze the backbone, create adapters, balance gradients.
 
         Raises:
-            ValueError: If the objective does not fit the number of exits.
+            ValueError: If the objective does not fit the number of exits, or freezes a last exit that is chained to
+                exits that are trained.
         """
         objective.check_exits(self.num_exits)
+        if objective.freezes_last_exit and self.is_chained:
+            raise ValueError(
+                f"These settings freeze the last exit, but exits are chained (chain={self.chain:g}), so that its "
+                "logits change with those of the exits before it; give chain=0, or the last exit a weight in "
+                "loss_weights."
+            )
         before, self.objective = self.objective, objective
         if objective.train_backbone != before.train_backbone or objective.frozen_exits != before.frozen_exits:
             for parameter in self.parameters():
@@ -147,6 +154,8 @@ class MultiExitModel(nn.Module):
                 for parameter in self.head_parameters(k):
                     parameter.requires_grad = k not in objective.frozen_exits
         self._fit_adapters()
+        if self.adapters is not None:
+            self.adapters.requires_grad_(True)
         self.train(self.training)
 
     def _fit_adapters(self) -> None:
@@ -388,7 +397,12 @@ class MultiExitModel(nn.Module):
         return Classifiers(head.get_submodule("fc") for head in self.heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give every exit a new classifier. Presets, which were fitted to the old ones, are dropped with a warning."""
+        """Give every exit a new classifier. Presets, which were fitted to the old ones, are dropped with a warning.
+
+        Raises:
+            ValueError: If the last exit is frozen: nothing would train its new classifier.
+        """
+        self._check_last_exit_is_trained()
         reference = next(self.parameters())
         for head in self.heads:
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
@@ -396,6 +410,13 @@ class MultiExitModel(nn.Module):
         self.num_classes = num_classes
         self._fit_adapters()
         self.drop_presets(self.presets, "the classifiers they were fitted to were replaced")
+
+    def _check_last_exit_is_trained(self) -> None:
+        if self.objective.freezes_last_exit:
+            raise ValueError(
+                "The settings of training freeze the last exit, so a new classifier would stay random; first call "
+                "train_for(timm_dfs.Objective()), or another in which the last exit's loss has a weight."
+            )
 
     def drop_presets(self, names: Collection[str], reason: str) -> None:
         """Drop presets that are no longer valid, with a warning that gives the reason."""

@@ -190,6 +190,8 @@ def run_demo(
     """Show early exit on photographs: predictions, exits taken, costs, and the measured speed-up."""
     if save is not None and save.suffix.lower() != ".png":
         raise ValueError(f"--save is {save}; give a file that ends with .png.")
+    if save is not None and not save.parent.is_dir():
+        raise ValueError(f"--save is {save}, but there is no folder {save.parent}; make it first.")
     images = demo.photographs()
     model = create(model_name, pretrained=True)
     policy = resolve_policy(model, preset)
@@ -228,10 +230,9 @@ def run_demo(
         )
     console.print(table)
     absent = [row["image"] for row in data["photographs"] if not row["subject"]]
-    console.print(
-        f"{model_name} has no class for {', '.join(absent)}: every prediction for them is wrong. "
-        "Costs are multiply-adds; savings are relative to the last exit alone."
-    )
+    if len(absent) < len(images):
+        console.print(f"{model_name} has no class for {', '.join(absent)}: every prediction for them is wrong.")
+    console.print("Costs are multiply-adds; savings are relative to the last exit alone.")
     console.print(
         f"\n{batch_size} crops of them in one batch ({data['threads']} threads, torch {data['torch']}): "
         f"early exit {speed.early:,.0f} images/s, the last exit alone {speed.full:,.0f} images/s: "

@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,9 +260,10 @@ def dataset_loader(
             f"{dataset!r} is a stream, which cannot be divided among {shard.processes} processes to the last sample; "
             "start one process, or give hfds/ or a folder."
         )
+    by_name = False
     try:
         if not dataset and class_map is None:
-            class_map = _known_classes(model, root, split)
+            class_map, by_name = _known_classes(model, root, split)
         data = open_dataset(dataset, root, split, class_map=class_map, **options)
         if stream:  # another one is tried: a reader that was iterated here would give each worker all of its shards
             next(iter(open_dataset(dataset, root, split, class_map=class_map, **options)))
@@ -272,7 +274,8 @@ def dataset_loader(
             f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "
             f"{input_key!r} and {target_key!r} ({type(error).__name__}: {error}): give those it has."
         ) from error
-    _warn_of_other_classes(model, class_indices(data), f"{dataset or root}, split {split}")
+    if not by_name:
+        _warn_of_other_classes(model, class_indices(data), f"{dataset or root}, split {split}")
     subset = data if isinstance(data, Subset) else None
     whole: Any = data if subset is None else subset.dataset
     loader = create_loader(
@@ -329,19 +332,23 @@ class _Counted:
             )
 
 
-def _known_classes(model: MultiExitModel, root: str | None, split: str) -> dict[str, int] | None:
-    """Numbers of a folder's classes by the model's names, ImageNet's synsets, or the training split beside it."""
+def _known_classes(model: MultiExitModel, root: str | None, split: str) -> tuple[dict[str, int] | None, bool]:
+    """Numbers of a folder's classes, and whether the model's names or ImageNet's synsets gave them.
+
+    Otherwise they are those of the training split beside it, where that has all of them.
+    """
     own = class_indices(open_dataset("", root, split))
     synsets = ImageNetInfo().label_names() if model.num_classes == 1000 else []
     for known in (labels_of(model), synsets):
-        names = {name: index for index, name in enumerate(known) if known.count(name) == 1}
+        times = Counter(known)
+        names = {name: index for index, name in enumerate(known) if times[name] == 1}
         if own and own.keys() <= names.keys():
-            return names
+            return names, True
     try:
         training = class_indices(open_dataset("", root, "train"))
     except (ValueError, RuntimeError):
-        return own
-    return training if own and training and own.keys() <= training.keys() else own
+        return own, False
+    return (training if own and training and own.keys() <= training.keys() else own), False
 
 
 def _warn_of_other_classes(model: MultiExitModel, indices: Mapping[str, int] | None, where: str) -> None:

@@ -49,14 +49,14 @@ DATA_SETS = {
         "The images of CIFAR-100 have 32×32 pixels, and its 100 classes are an arbitrary selection.",
         paper_epochs=300,
     ),
-    "ilsvrc2012-val-650": DataSet(
-        "650 images of ImageNet's validation set",
-        "The network distinguishes the 1,000 classes of ImageNet-1k. It was measured on 650 of its 50,000 validation "
-        "images, an easier sample than the whole: these are no ImageNet accuracies. Where the whole set is at hand, "
+    "imagenet-1k-sample": DataSet(
+        "a sample of ImageNet's validation set",
+        "The network distinguishes the 1,000 classes of ImageNet-1k. It was measured on a sample of the validation "
+        "set, not on all of its 50,000 images: these are no ImageNet accuracies. Where the whole set is at hand, "
         "`timm-dfs eval` measures those.",
     ),
 }
-"""Data sets by their id on the Hub."""
+"""Data sets by their id on the Hub, or a name of ours."""
 
 
 def _data_set(name: str) -> DataSet:
@@ -143,7 +143,7 @@ def card(folder: Path) -> str:
         name=results["model"],
         exits=exits,
         regime=_regime(arguments, training),
-        learnt_from_last=training.get("objective", {}).get("distill_weight") == 1,
+        learnt_from_last=_froze_last_exit(training) and training["objective"].get("distill_weight") == 1,
         standard_error=math.sqrt(exits[-1]["top1"] * (100 - exits[-1]["top1"]) / results["test"]["samples"]),
         packages_own=_is_packages_own(results),
         by_name=_is_packages_own(results) and all(preset["measured"] for preset in presets),
@@ -179,14 +179,18 @@ def _regime(arguments: dict[str, Any], training: dict[str, Any]) -> str:
 
 
 def _partition(arguments: dict[str, Any], training: dict[str, Any]) -> str:
-    objective = training.get("objective", {})
-    if objective.get("train_backbone") is False:
-        frozen_last = (objective.get("loss_weights") or [1])[-1] == 0
-        return f"whose {'early exits' if frozen_last else 'heads'} alone were trained, on a frozen backbone"
+    if training.get("objective", {}).get("train_backbone") is False:
+        trained = "early exits" if _froze_last_exit(training) else "heads"
+        return f"whose {trained} alone were trained, on a frozen backbone"
     if arguments["beta"] == "joint":
         return "trained jointly (no partition)"
     beta, referencing = _described(arguments["beta"]), arguments["referencing"]
     return f"trained with Deep Feature Surgery (beta {beta}, referencing {referencing})"
+
+
+def _froze_last_exit(training: dict[str, Any]) -> bool:
+    objective = training.get("objective", {})
+    return objective.get("train_backbone") is False and (objective.get("loss_weights") or [1])[-1] == 0
 
 
 def _how_trained(training: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ def build_model(
     def checked_filter_fn(state_dict: dict, model: Model) -> dict:
         # timm removes DataParallel's prefixes from a file's keys, but not from those of a given state dict.
         state_dict = filter_fn(clean_state_dict(state_dict), model)
-        return fit_checkpoint(state_dict, model, model.pretrained_cfg, weights.source)
+        return fit_checkpoint(state_dict, model, model.pretrained_cfg, weights.source, objective.freezes_last_exit)
 
     try:
         model = build_model_with_cfg(

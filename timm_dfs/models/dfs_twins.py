@@ -132,9 +132,11 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     model.pretrained_cfg = _config(cfg, model)
     classes_loaded = base_overlay["num_classes"]
     if from_base:
+        trained_ones = sorted(packaged for packaged in packaged_names() if packaged.startswith(f"{name}."))
         warnings.warn(
             f"{name} has the weights of timm's {base}; its {model.num_exits - 1} early exits are untrained. Train them "
-            "(train.py --pretrained, see docs/training.md) before use.",
+            "(train.py --pretrained, see docs/training.md) before use"
+            f"{', or take ' + ' or '.join(trained_ones) if trained_ones else ''}.",
             stacklevel=2,
         )
     elif pretrained:
@@ -144,7 +146,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             pretrained_cfg=config,
             num_classes=model.num_classes,
             in_chans=model.in_chans,
-            filter_fn=lambda weights, model: _checked(weights, model, config),
+            filter_fn=lambda weights, model: _checked(weights, model, config, objective.freezes_last_exit),
         )
         classes_loaded = config["num_classes"]
     if pretrained:
@@ -217,18 +219,19 @@ def _fitting(
 
     ``train.py --pretrained-path`` asks for a new one whatever the classes, which ``keep`` overrules.
     """
-    classifier = state_dict.get(f"{cfg.classifier}.weight")
+    names = [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
+    classifier = state_dict.get(f"{names[-1]}.weight") if names else None
     wanted = kwargs.get("num_classes")
     if classifier is not None and len(classifier) == wanted and (keep or overlay.get("num_classes", wanted) > 0):
         return dict(overlay, num_classes=wanted)
     return overlay
 
 
-def _checked(state_dict: dict[str, Any], model: MultiExit, config: dict[str, Any]) -> dict[str, Any]:
+def _checked(state_dict: dict[str, Any], model: MultiExit, config: dict[str, Any], keep: bool) -> dict[str, Any]:
     if any(key.startswith("backbone_model.") for key in state_dict):
         state_dict = _from_official(state_dict)
     source = str(config.get("file") or config.get("hf_hub_id") or "the given state dict")
-    return fit_checkpoint(state_dict, model, config, source)
+    return fit_checkpoint(state_dict, model, config, source, keep)
 
 
 def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def check_presets(presets: Any, num_exits: int | None, of: str = "") -> None:
             raise ValueError(f"Preset {name!r}{of}: {error}") from error
 
 
-def fit_checkpoint(state_dict: dict, model: MultiExitModel, config: dict, source: str) -> dict:
+def fit_checkpoint(
+    state_dict: dict, model: MultiExitModel, config: dict, source: str, keep_classes: bool = False
+) -> dict:
     """A checkpoint as timm is to load it: complete, without adapters, its classes kept if they are the model's.
 
     Args:
@@ -65,6 +67,7 @@ def fit_checkpoint(state_dict: dict, model: MultiExitModel, config: dict, source
         model: The model to load it into.
         config: The pretrained config that timm loads by; corrected in place.
         source: The place it is from, for errors.
+        keep_classes: Whether to keep classifiers for which the config asks for new ones.
 
     Raises:
         ValueError: If keys are missing or unknown.
@@ -75,7 +78,7 @@ def fit_checkpoint(state_dict: dict, model: MultiExitModel, config: dict, source
     }
     _check_keys(state_dict, model, source)
     classifier = state_dict.get(f"{config['classifier'][-1]}.weight")
-    if classifier is not None and len(classifier) == model.num_classes and config["num_classes"] > 0:
+    if classifier is not None and len(classifier) == model.num_classes and (keep_classes or config["num_classes"] > 0):
         # A fine-tuned checkpoint has the model's classes, whatever the config says, so timm keeps its classifiers. With
         # a negative number in the config train.py asks for fresh ones.
         config["num_classes"] = model.num_classes

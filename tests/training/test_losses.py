@@ -600,37 +600,6 @@ def test_adapters_are_trained_whatever_is_frozen(make):
     assert all(parameter.requires_grad for parameter in model.adapters.parameters())
 
 
-def test_folded_adapters_classify_as_the_last_exit_does(make):
-    model = make(distill_feature_weight=0.1).eval()
-    if model.get_classifier()[0].bias is None:
-        with pytest.raises(ValueError, match="no bias in those of early exits"):
-            model.fold_adapters()
-        return
-    for adapter in model.adapters:
-        nn.init.normal_(adapter.bias)
-    pooled = []
-
-    def read(k, feature):
-        pooled.append(model.pool_and_answer(k, feature)[0])
-        return model.pool_and_answer(k, feature)[1]
-
-    with torch.no_grad():
-        model.walk(images(6), lambda k, logits: None, read=read)
-        last = model.get_classifier()[-1]
-        expected = [last(adapter(feature)) for adapter, feature in zip(model.adapters, pooled)]
-        before = model(images(6))
-        model.fold_adapters()
-        *early, after = model.forward_exits(images(6))
-    assert torch.equal(after, before)
-    for found, wanted in zip(early, expected, strict=True):
-        assert torch.allclose(found, wanted, atol=1e-5)
-
-
-def test_adapters_that_are_not_there_cannot_be_folded(make):
-    with pytest.raises(ValueError, match="no adapters; create and train it with distill_feature_weight"):
-        make().fold_adapters()
-
-
 def test_heads_of_exits_that_get_a_weight_again_are_trained(make):
     model = make(train_backbone=False, loss_weights=[1, 1, 0])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

@@ -369,33 +369,6 @@ class MultiExitModel(nn.Module):
         ]
         return *logits, torch.stack(distances)
 
-    @torch.no_grad()
-    def fold_adapters(self) -> None:
-        """Let each early exit classify as the last exit does, from its adapter's estimate of the last exit's feature.
-
-        The early exit's classifier becomes the last exit's behind the adapter, both linear and so one layer again (the
-        reused classifier of SimKD, Chen et al., CVPR 2022, arXiv 2203.14001). What an exit learnt to estimate on images
-        of some classes serves for all classes of the last exit. The adapters stay.
-
-        Raises:
-            ValueError: If the model has no adapters, the last exit's classifier is not one linear layer, or those of
-                the early exits have no bias.
-        """
-        if self.adapters is None:
-            raise ValueError("This model has no adapters; create and train it with distill_feature_weight above 0.")
-        classifiers = self.get_classifier()
-        early, last = classifiers[: self.num_exits - 1], classifiers[self.num_exits - 1 :]
-        linear = len(last) == 1 and isinstance(last[0], nn.Linear)
-        if not linear or any(classifier.bias is None for classifier in early):
-            what = "no bias in those of early exits" if linear else ", ".join(type(each).__name__ for each in last)
-            raise ValueError(
-                f"Adapters can be folded where the last exit's classifier is one linear layer and those of early exits "
-                f"have a bias; here: {what}. Train the early exits' own classifiers with distill_weight."
-            )
-        for adapter, classifier in zip(self.adapters, early, strict=True):
-            classifier.weight.copy_(last[0].weight @ adapter.weight)
-            classifier.bias.copy_(last[0].weight @ adapter.bias + (0 if last[0].bias is None else last[0].bias))
-
     # timm's model interface.
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,26 +12,19 @@ hardware, the number of training images and the commit. The hardware is this mac
 ``--base`` names the file of ``recipes/base_weights.py`` that training started from: its source, checksum and licence
 come onto the card, the licence's text into the folder. ``--first-recipe`` names the recipe of the run that the run's
 ``initial_checkpoint`` is from; that run must have followed it.
-
-A run on a folder of photographs without labels is measured on other data: class folders under ``--data-dir``, of which
-``--held-out`` is for thresholds and ``--test`` is measured. ``--measured-on`` is their name on the card:
-
-    python recipes/ship.py output/train/RUN --recipe recipes/dfs_tf_efficientnet_lite0_without_labels.yaml \\
-        --tag in1k_distilled --img-size 224 --data-dir photographs/val --held-out thresholds --test test \\
-        --measured-on imagenet-1k-sample
 """
 
 import argparse
 import subprocess
 from pathlib import Path
 
+import datasets
 import yaml
 from safetensors import safe_open
-from timm.data import ImageNetInfo
 
 import timm_dfs
 from timm_dfs.data.cifar100 import LABEL_NAMES
-from timm_dfs.data.datasets import dataset_loader, open_dataset
+from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.machine import processor, threads
 from timm_dfs.hub import from_checkpoint as export
 from timm_dfs.hub.folder import BASE_LICENSE_FILE
@@ -55,13 +48,7 @@ def main() -> None:
         "--img-size", type=int, help="height and width to measure at and ship, if not those of training"
     )
     parser.add_argument("--dataset", help="the data set now, if it is stored elsewhere than when the run trained")
-    parser.add_argument("--data-dir", help="folder of class folders to measure on, if not the run's own data set")
-    parser.add_argument("--held-out", help="split that thresholds are fitted on (default: the run's validation split)")
-    parser.add_argument("--test", default="test", help="split to measure on")
-    parser.add_argument("--measured-on", help="name of the data measured on, if not the run's own data set")
     args = parser.parse_args()
-    if bool(args.data_dir) != bool(args.measured_on and args.held_out):
-        parser.error("--data-dir, --held-out and --measured-on are given together or not at all")
 
     recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
     changed = differences(recipe, run)
@@ -91,14 +78,13 @@ def main() -> None:
 
     def collect(model: timm_dfs.MultiExitModel, split: str) -> export.Split:
         keys = run["input_key"], run["target_key"]
-        where = ("", args.data_dir, split) if args.data_dir else (dataset, run["data_dir"], split, *keys)
-        loader = dataset_loader(model, *where, workers=1)
+        loader = dataset_loader(model, dataset, run["data_dir"], split, *keys, batch_size=128, workers=1)
         return timm_dfs.collect_logits(model, loader)
 
     training = dict(
         export.training_facts(of_checkpoint, checkpoint),
         recipe=args.recipe.name,
-        samples=len(open_dataset(dataset, run["data_dir"], run["train_split"], run["input_key"], run["target_key"])),
+        samples=len(datasets.load_dataset(dataset.removeprefix("hfds/"), split=run["train_split"])),
         hardware=hardware,
     )
     if changed:
@@ -106,31 +92,19 @@ def main() -> None:
     if args.first_recipe is not None:
         training["first_phase"] = first_phase(parser, args.first_recipe, run)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    name = args.measured_on or recipe["dataset"].removeprefix("hfds/")
-    facts = dict(dataset=name, training=training, shipped_from_commit=commit)
+    facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)
     if args.base is not None:
         licence = base.pop("license_text")
         facts["base_weights"] = base
     model = export.trained_model(of_checkpoint, checkpoint)
     if not model.pretrained_cfg.get("label_names") and facts["dataset"] == "uoft-cs/cifar100":
         model.pretrained_cfg["label_names"] = LABEL_NAMES  # a copy of its files without the Hub's card has no names
-    if args.measured_on == "imagenet-1k-sample":
-        model.pretrained_cfg["label_names"] = imagenet_names()
     if args.img_size is not None:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)
     folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])
-    export.export(model, folder, collect, args.held_out or run["val_split"], args.test, facts, args.tag)
+    export.export(model, folder, collect, run["val_split"], "test", facts, args.tag)
     if args.base is not None:
         (folder / BASE_LICENSE_FILE).write_text(licence)
-
-
-def imagenet_names() -> list[str]:
-    """Names of ImageNet-1k's classes: a synset's first word, its number behind it where another's is the same."""
-    info = ImageNetInfo()
-    words = [info.index_to_description(k).split(",")[0] for k in range(info.num_classes())]
-    return [
-        word if words.count(word) == 1 else f"{word} ({info.index_to_label_name(k)})" for k, word in enumerate(words)
-    ]
 
 
 def differences(recipe: dict, run: dict) -> dict:

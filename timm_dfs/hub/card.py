@@ -49,14 +49,8 @@ DATA_SETS = {
         "The images of CIFAR-100 have 32×32 pixels, and its 100 classes are an arbitrary selection.",
         paper_epochs=300,
     ),
-    "imagenet-1k-sample": DataSet(
-        "a sample of ImageNet's validation set",
-        "The network distinguishes the 1,000 classes of ImageNet-1k. It was measured on a sample of the validation "
-        "set, not on all of its 50,000 images: these are no ImageNet accuracies. Where the whole set is at hand, "
-        "`timm-dfs eval` measures those.",
-    ),
 }
-"""Data sets by their id on the Hub, or a name of ours."""
+"""Data sets by their id on the Hub."""
 
 
 def _data_set(name: str) -> DataSet:

@@ -9,6 +9,7 @@ import torch
 from helpers import ROOT, images, settled, tiny_vgg
 
 import timm_dfs
+from timm_dfs.data.cifar100 import LABEL_NAMES
 from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.data.images import labels_of
 from timm_dfs.hub import card
@@ -77,6 +78,14 @@ def test_a_shipped_model_has_its_operating_points_and_costs_what_its_results_say
     assert model.presets.keys() == results(name)["test"]["presets"].keys() and model.presets
     for preset in model.presets:
         assert timm_dfs.predict(model, hub.golden_batch(model), preset).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_names_its_classes_by_whatever_way_it_is_loaded(name, monkeypatch):
+    ways = [name, f"local-dir:{HUB / name}"]
+    assert {labels_of(timm.create_model(way, pretrained=True)) for way in ways} == {LABEL_NAMES}
+    monkeypatch.setenv("TIMM_DFS_HUB", str(HUB))
+    assert labels_of(timm.create_model(name, pretrained=True)) == LABEL_NAMES
 
 
 @pytest.mark.parametrize("name", SHIPPED)

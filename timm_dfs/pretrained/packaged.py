@@ -8,6 +8,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 CONFIG_FILE = "config.json"
 
+BESIDE = ("num_classes", "label_names")
+"""Fields of ``PretrainedCfg`` that timm writes beside it in ``config.json``, and reads from there."""
+
 _OF_IMAGES = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 
 _PACKAGE = Path(__file__).parent.parent
@@ -44,7 +47,8 @@ def packaged_images(name: str) -> dict[str, Any]:
     folder = packaged_folder(name)
     if folder is None:
         return {}
-    recorded = json.loads((folder / CONFIG_FILE).read_text())["pretrained_cfg"]
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    recorded = {**config["pretrained_cfg"], **{key: config[key] for key in BESIDE if config.get(key)}}
     return {
         field: tuple(value) if isinstance(value, list) else value
         for field, value in recorded.items()

@@ -12,7 +12,7 @@ from timm.models._builder import resolve_pretrained_cfg
 
 from .checks import check_config
 from .downloads import HUB_VARIABLE, fetch
-from .packaged import CONFIG_FILE, WEIGHTS_FILE, packaged_folder_of
+from .packaged import BESIDE, CONFIG_FILE, WEIGHTS_FILE, packaged_folder_of
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -117,8 +117,7 @@ def resolve(
         return Weights(cfg)
     data = dict(config.get("pretrained_cfg", {}))
     data.setdefault("tag", tag)
-    if config.get("num_classes"):
-        data["num_classes"] = config["num_classes"]
+    data.update({key: config[key] for key in BESIDE if config.get(key)})
     data.update(overlay)
     cfg = replace(
         cfg,

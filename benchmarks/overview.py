@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
+from templates import template
 
 ROOT = Path(__file__).parent.parent
 PICTURE = "accuracy-cost.svg"
@@ -47,15 +47,7 @@ def picture(root: Path) -> str:
     models = [model for model in models if model["dataset"] == DATASET]
     costs = [cost for model in models for cost, _ in model["curve"]]
     accuracies = [top1 for model in models for _, top1 in [*model["curve"], model["last"]]]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("overview.svg.jinja").render(
+    return template("overview.svg.jinja").render(
         dataset=DATASET,
         models=list(zip(COLOURS, models, strict=False)),
         x=Axis(ticks(0, max(costs), 50), LEFT, WIDTH - RIGHT),

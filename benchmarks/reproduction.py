@@ -9,8 +9,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 from study import SETTINGS
+from templates import template
 
 from timm_dfs.hub import curve
 from timm_dfs.report.published import published_results
@@ -55,18 +55,11 @@ def generated(root: Path) -> dict[str, str]:
     }
     runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(millions=lambda count: f"{count / 1e6:.1f}", signed=lambda value: f"{value:+.2f}")
-    environment.globals.update(verdict=verdict, minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)])
     dfs, joint = results[DFS], results[JOINT]
     settings = json.loads((root / "hub" / DFS / "config.json").read_text())["model_args"]
-    text = environment.get_template("reproduction.md.jinja").render(
+    text = template("reproduction.md.jinja", signed=lambda value: f"{value:+.2f}").render(
+        verdict=verdict,
+        minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)],
         dfs=dfs,
         joint=joint,
         settings=settings,

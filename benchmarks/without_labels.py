@@ -12,13 +12,14 @@ import argparse
 import json
 from pathlib import Path
 
-import jinja2
+import timm
 import torch
 import yaml
+from templates import template
 
 import timm_dfs
 from timm_dfs.calibration.presets import operating_points
-from timm_dfs.data.datasets import dataset_loader
+from timm_dfs.data.datasets import dataset_loader, open_dataset
 from timm_dfs.evaluation.flops import Costs
 from timm_dfs.evaluation.machine import describe_machine
 from timm_dfs.hub import from_checkpoint as export
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--alike", help="images of the classes that half of the photographs of training show")
     parser.add_argument("--others", help="images of all classes of the network")
     args = parser.parse_args()
+    if args.checkpoint is not None and not (args.data_dir and args.alike and args.others):
+        parser.error("a checkpoint is measured on --alike and --others in --data-dir; give all three")
     if args.checkpoint is not None:
         found = measure(args.checkpoint, args.data_dir, dict(alike=args.alike, others=args.others))
         (ROOT / FIGURES).write_text(json.dumps(found, indent=1) + "\n")
@@ -55,15 +58,15 @@ def measure(checkpoint: Path, data_dir: str, folders: dict[str, str]) -> dict:
     if run.epoch + 1 != recipe["epochs"]:
         raise ValueError(f"{checkpoint} is of epoch {run.epoch + 1}, and {RECIPE} has {recipe['epochs']}.")
     model = export.trained_model(run, checkpoint)
-    model.pretrained_cfg["input_size"] = (3, 224, 224)  # the backbone's own, which train.py's --input-size replaced
+    # The backbone's own size, which train.py's --input-size replaced.
+    model.pretrained_cfg["input_size"] = timm.get_pretrained_cfg(run.model).input_size
     costs = Costs(model)
     lazy = costs.of_exits(lazy=True)
     found = dict(
         model=run.model,
         recipe=RECIPE,
         epochs=recipe["epochs"],
-        photographs=sum(1 for _ in Path(run.arguments["data_dir"], "train").rglob("*.jpg")),
-        exits=list(model.exit_points),
+        photographs=len(open_dataset("", run.arguments["data_dir"], run.arguments["train_split"])),
         flops=lazy,
         last_exit_flops=costs.of_last_exit_alone(),
         machine=describe_machine(),
@@ -78,7 +81,6 @@ def measure(checkpoint: Path, data_dir: str, folders: dict[str, str]) -> dict:
             classes=len(torch.unique(targets)),
             fitted_on=len(fitted_on[1]),
             tested_on=len(tested[1]),
-            last_exit=timm_dfs.anytime_accuracy(*tested).tolist()[-1],
             presets={name: export.measured(point, tested, lazy) for name, point in points.items()},
         )
     return found
@@ -86,16 +88,8 @@ def measure(checkpoint: Path, data_dir: str, folders: dict[str, str]) -> dict:
 
 def page(root: Path) -> str:
     """The docs page, from a checkout's figures."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["millions"] = lambda count: f"{count / 1e6:.1f}"
     found = json.loads((root / FIGURES).read_text())
-    return environment.get_template("without_labels.md.jinja").render(found=found, **found["images"])
+    return template("without_labels.md.jinja").render(found=found, **found["images"])
 
 
 if __name__ == "__main__":

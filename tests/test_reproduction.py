@@ -178,3 +178,17 @@ def test_runs_of_another_recipe_do_not_join_the_study(tmp_path):
     file.write_text(json.dumps(dict(setting="joint", seed=0, epochs=2, top1=[1.0], recipe=dict(study.RECIPE, lr=0.2))))
     with pytest.raises(ValueError, match="another recipe"):
         study.read(file)
+
+
+def test_the_fine_tuned_networks_differ_in_the_partition_alone():
+    dfs, joint = (
+        json.loads((ROOT / "hub" / name / "results.json").read_text())["training"]
+        for name in (reproduction.FINE_TUNED_DFS, reproduction.FINE_TUNED_JOINT)
+    )
+    same = ("recipe", "first_phase", "epochs", "seed", "samples", "batch_size", "settings", "splits", "objective")
+    assert {key: dfs[key] for key in same} == {key: joint[key] for key in same}
+    args = [
+        json.loads((ROOT / "hub" / name / "config.json").read_text())["model_args"]
+        for name in (reproduction.FINE_TUNED_DFS, reproduction.FINE_TUNED_JOINT)
+    ]
+    assert {key for key in args[0] if args[0][key] != args[1][key]} == {"beta", "presets"}

@@ -212,8 +212,7 @@ def measure_policy(policy: ExitPolicy | OperatingPoint, test: Data, flops: Seque
 def measure(policy: ExitPolicy, data: Data, flops: Sequence[float]) -> Measurement:
     """Measure a policy as :func:`measure_policy` does, on any data."""
     logits, targets = data
-    exits = policy.exit_index(logits)
-    at_exit = (policy.predicted(logits).argmax(-1) == targets).gather(0, exits[None])[0]
+    exits, at_exit = outcomes(policy, data)
     samples = len(targets)
     return Measurement(
         accuracy=100 * (at_exit.double().sum().item() / samples),
@@ -222,6 +221,14 @@ def measure(policy: ExitPolicy, data: Data, flops: Sequence[float]) -> Measureme
         last_exit_accuracy=100 * ((logits[-1].argmax(-1) == targets).double().sum().item() / samples),
         samples=samples,
     )
+
+
+def outcomes(policy: ExitPolicy, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exit that each sample takes (N,), and whether its prediction there is its target (N,)."""
+    logits, targets = data
+    exits = policy.exit_index(logits)
+    correct = policy.predicted(logits).argmax(-1) == targets
+    return exits, correct.gather(0, exits[None])[0]
 
 
 def check_flops(flops: Sequence[float], num_exits: int) -> None:

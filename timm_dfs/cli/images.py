@@ -181,7 +181,7 @@ def _predictions(
 
 @command("demo")
 def run_demo(
-    model_name: Annotated[str, typer.Argument(help="A model with packaged weights.", metavar="MODEL")] = demo.MODEL,
+    model_name: ModelName = demo.MODEL,
     preset: Annotated[str, typer.Option(help="Preset.")] = DEFAULT_PRESET,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the timed batch.")] = 64,
     save: Annotated[Path | None, typer.Option(help="PNG to write: the photographs with their predictions.")] = None,

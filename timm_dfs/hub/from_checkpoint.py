@@ -17,7 +17,7 @@ from ..base.model import MultiExitModel
 from ..base.objective import SETTINGS
 from ..calibration.budgeted_batch import budgeted_batch
 from ..calibration.logits import halves
-from ..calibration.operating_point import OperatingPoint, measure_policy
+from ..calibration.operating_point import OperatingPoint, measure_policy, outcomes
 from ..calibration.presets import NAMED, operating_points
 from ..data.datasets import follow_run
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
@@ -165,10 +165,9 @@ def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, 
     """Accuracy, cost and exit shares of an operating point on the test split."""
     found = measure_policy(point, test, flops)
     logits, targets = test
-    at_exit = (point.policy.predicted(logits).argmax(-1) == targets).gather(0, point.policy.exit_index(logits)[None])[0]
     return dict(
         top1=found.accuracy,
-        against_last=_difference(at_exit, logits[-1].argmax(-1) == targets),
+        against_last=_difference(outcomes(point.policy, test)[1], logits[-1].argmax(-1) == targets),
         average_flops=found.average_flops,
         exit_shares=list(found.exit_shares),
         thresholds=point.preset()["thresholds"],

@@ -12,6 +12,12 @@ hardware, the number of training images and the commit. The hardware is this mac
 ``--base`` names the file of ``recipes/base_weights.py`` that training started from: its source, checksum and licence
 come onto the card, the licence's text into the folder. ``--first-recipe`` names the recipe of the run that the run's
 ``initial_checkpoint`` is from; that run must have followed it.
+
+A run of ``benchmarks/gpu/run.py`` is shipped likewise, with a recipe of ``benchmarks/gpu/recipes``. Where all training
+images were trained on, half of the test split fits the thresholds and the other half is measured:
+
+    python recipes/ship.py runs/joint --recipe benchmarks/gpu/recipes/autoaugment.yaml --tag joint \\
+        --held-out 'test[:5000]' --test 'test[5000:]'
 """
 
 import argparse
@@ -30,7 +36,8 @@ from timm_dfs.hub import from_checkpoint as export
 from timm_dfs.hub.folder import BASE_LICENSE_FILE
 from timm_dfs.training.run import read_run
 
-HUB = Path(__file__).parent.parent / "hub"
+HUB = Path(__file__).resolve().parent.parent / "hub"
+GPU = HUB.parent / "benchmarks" / "gpu"
 DATA = {"dataset", "train_split", "val_split", "pretrained_path", "initial_checkpoint"}
 """Arguments in which a run may differ: they say where the same images and weights are stored."""
 PRECISION = {"amp", "amp_dtype"}
@@ -47,6 +54,8 @@ def main() -> None:
     parser.add_argument(
         "--img-size", type=int, help="height and width to measure at and ship, if not those of training"
     )
+    parser.add_argument("--held-out", help="split that fits thresholds, if not the run's validation split")
+    parser.add_argument("--test", default="test", help="split that everything is measured on")
     parser.add_argument("--dataset", help="the data set now, if it is stored elsewhere than when the run trained")
     args = parser.parse_args()
 
@@ -87,6 +96,8 @@ def main() -> None:
         samples=len(datasets.load_dataset(dataset.removeprefix("hfds/"), split=run["train_split"])),
         hardware=hardware,
     )
+    if args.recipe.resolve().is_relative_to(GPU):
+        training["script"] = (GPU / "run.py").relative_to(GPU.parent.parent).as_posix()
     if changed:
         training["other_than_recipe"] = changed
     if args.first_recipe is not None:
@@ -102,7 +113,7 @@ def main() -> None:
     if args.img_size is not None:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)
     folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])
-    export.export(model, folder, collect, run["val_split"], "test", facts, args.tag)
+    export.export(model, folder, collect, args.held_out or run["val_split"], args.test, facts, args.tag)
     if args.base is not None:
         (folder / BASE_LICENSE_FILE).write_text(licence)
 

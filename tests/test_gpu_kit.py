@@ -376,7 +376,7 @@ def test_a_run_ends_where_train_py_does(data, tmp_path):
 @pytest.mark.parametrize("file", sorted(KIT.glob("recipes/*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_read(file):
     args = recipe.read_recipe(file, dict(model_kwargs=dict(beta="joint")))
-    assert args.model_kwargs == dict(beta="joint") and args.batch_size == 500 and args.epochs == 300
+    assert args.model_kwargs == dict(beta="joint") and args.batch_size == 500 and args.epochs in (240, 300)
     assert (host_augment.host_transform(args, MEAN, 32) is None) == (file.stem == "plain")
 
 

@@ -23,8 +23,7 @@ cp "$work"/data/*-1-of-2* "$work/pieces"
 echo "== compare ways"
 recipe="$kit/recipes/autoaugment.yaml"
 # shellcheck disable=SC2086
-"$python" "$kit/speed.py" -c "$recipe" --data "$work/cifar100" --epochs 1 --seconds 600 --ways eager graph \
-    --set $small $runs --output "$work/speed.json"
+"$python" "$kit/speed.py" -c "$recipe" --data "$work/cifar100" --set $small $runs --output "$work/speed.jsonl"
 
 for recipe in autoaugment plain randaugment; do
     echo "== $recipe: train, be interrupted"

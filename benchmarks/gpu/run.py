@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import yaml
 from batches import Batches
 from host_augment import host_transform
 from inputs import Inputs, Validation
@@ -73,6 +74,9 @@ class Training:
         self.learners = {
             name: Learner(own, device, len(self.batches), _folder(output / name)) for name, own in recipes.items()
         }
+        for name, own in recipes.items():
+            if not self.learners[name].epoch:  # the record of a run's start, as train.py's
+                (output / name / "args.yaml").write_text(yaml.safe_dump(vars(own)))
         self.first = next(iter(self.learners.values()))
         if any(learner.epoch != self.first.epoch for learner in self.learners.values()):
             ends = ", ".join(f"{name} at {learner.epoch}" for name, learner in self.learners.items())

@@ -20,12 +20,13 @@ def test_samples_are_recognised_in_any_order_precision_and_number_of_exits():
         refuse_seen(fingerprints(seen), again, "test", "the point")
 
 
-def test_a_preset_s_own_split_is_refused_by_name():
-    presets = dict(hand=dict(thresholds=[0.5]), fast=dict(fitted_on=dict(dataset="x", split="train[:9]", samples=9)))
-    refuse_fitted_split(presets, "x", "test")
-    refuse_fitted_split(presets, "y", "train[:9]")
-    with pytest.raises(ValueError, match=r"'fast' was fitted on train\[:9\] of x"):
-        refuse_fitted_split(presets, "x", "train[:9]")
+def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
+    presets = dict(hand=dict(thresholds=[0.5]), fast=dict(fitted_on=dict(dataset="x", split="test[:9]", samples=9)))
+    for dataset, split in [("x", "train"), ("x", "test[9:]"), ("y", "test[:9]")]:
+        refuse_fitted_split(presets, dataset, split)
+    for split in ("test[:9]", "test", "test[8:]", "test[:1%]"):
+        with pytest.raises(ValueError, match=r"'fast' was fitted on test\[:9\] of x"):
+            refuse_fitted_split(presets, "x", split)
 
 
 @pytest.mark.parametrize(

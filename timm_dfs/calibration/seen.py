@@ -9,6 +9,8 @@ from collections.abc import Mapping, Set
 
 import torch
 
+from ..data.overlap import overlap
+
 ACCEPTED = 0.01
 """Share of known samples that is accepted."""
 
@@ -44,12 +46,14 @@ def _rows(logits: torch.Tensor) -> list[bytes]:
 
 
 def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -> None:
-    """Raise ``ValueError`` if one of the presets says that it was fitted on this split of this data set."""
+    """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set."""
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
-        if (source.get("dataset"), source.get("split")) == (dataset, split):
+        fitted = source.get("split")
+        if fitted and source.get("dataset") == dataset and overlap(fitted, split) is not False:
             raise ValueError(
-                f"The preset {name!r} was fitted on {split} of {dataset}, which would flatter it; give another split."
+                f"The preset {name!r} was fitted on {fitted} of {dataset}, whose images in {split} would flatter it; "
+                "give a split without them."
             )
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from ..pretrained.packaged import CONFIG_FILE
 from . import curve
+from .both_halves import both_halves
 from .folder import CARD_FILE, CURVE_FILE, RESULTS_FILE
 
 FAMILY_CARD_FILE = "MODEL_CARD.md"
@@ -79,16 +80,18 @@ def _is_packages_own(results: dict) -> bool:
 
 
 def _exits(results: dict) -> list[dict]:
-    test = results["test"]
-    columns = zip(test["top1"], test["top5"], test["ece"], results["flops"], results["flops_lazy"], strict=True)
-    names = ("top1", "top5", "ece", "published", "lazy")
-    return [dict(zip(names, row), index=k) for k, row in enumerate(columns)]
+    test, of_whole = results["test"], both_halves(results) or results["test"]
+    columns = dict(top1=test["top1"], top5=test["top5"], ece=test["ece"])
+    columns |= dict(whole_top1=of_whole["top1"], whole_top5=of_whole["top5"])
+    columns |= dict(published=results["flops"], lazy=results["flops_lazy"])
+    return [dict(zip(columns, row), index=k) for k, row in enumerate(zip(*columns.values(), strict=True))]
 
 
 def metadata(folder: Path) -> dict[str, Any]:
     """Metadata of a card for the Hub, with one result in the model index for each exit."""
     results, _ = _read(folder)
     data = _data_set(results["dataset"])
+    split = (both_halves(results) or results["test"])["split"]
     task = "image-classification"
     card_data = ModelCardData(
         library_name="timm",
@@ -105,10 +108,10 @@ def metadata(folder: Path) -> dict[str, Any]:
             results=[
                 dict(
                     task=dict(type=task, name=f"exit {exit['index']}, {exit['lazy'] / 1e6:.1f} M multiply-adds"),
-                    dataset=dict(type=results["dataset"], name=data.title, split=results["test"]["split"]),
+                    dataset=dict(type=results["dataset"], name=data.title, split=split),
                     metrics=[
-                        dict(type="accuracy", name="top-1", value=round(exit["top1"], 2)),
-                        dict(type="accuracy", name="top-5", value=round(exit["top5"], 2)),
+                        dict(type="accuracy", name="top-1", value=round(exit["whole_top1"], 2)),
+                        dict(type="accuracy", name="top-5", value=round(exit["whole_top5"], 2)),
                     ],
                 )
                 for exit in _exits(results)
@@ -154,6 +157,7 @@ def card(folder: Path) -> str:
         ensemble=any(preset.get("ensemble") for preset in arguments.get("presets", {}).values()),
         example_thresholds=[0.9] * (len(exits) - 1) + [0.0],
         test=results["test"],
+        whole_split=both_halves(results),
         held_out=results.get("held_out"),
         largest_losses=results.get("largest_losses"),
         data=data,
@@ -232,7 +236,7 @@ def family_card(hub: Path) -> str:
                 data=_data_set(results["dataset"]).title,
                 epochs=results.get("training", {}).get("epochs", ""),
                 exits=len(results["flops"]),
-                top1=results["test"]["top1"],
+                top1=(both_halves(results) or results["test"])["top1"],
                 lazy=results["flops_lazy"],
                 whole=whole,
             )

@@ -40,6 +40,9 @@ _SETTINGS = (
     "drop",
     "smoothing",
     "mixup",
+    "aa",
+    "cutout",
+    "reprob",
     "model_ema",
 )
 

@@ -17,7 +17,7 @@ A run of ``benchmarks/gpu/run.py`` is shipped likewise, with a recipe of ``bench
 images were trained on, half of the test split fits the thresholds and the other half is measured:
 
     python recipes/ship.py runs/joint --recipe benchmarks/gpu/recipes/autoaugment.yaml --tag joint \\
-        --held-out 'test[:5000]' --test 'test[5000:]'
+        --held-out 'test[:5000]' --test 'test[5000:]' --budgets 60e6 100e6 140e6
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--held-out", help="split that fits thresholds, if not the run's validation split")
     parser.add_argument("--test", default="test", help="split that everything is measured on")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[], help="mean multiply-adds of further presets")
     parser.add_argument("--dataset", help="the data set now, if it is stored elsewhere than when the run trained")
     args = parser.parse_args()
 
@@ -113,7 +114,9 @@ def main() -> None:
     if args.img_size is not None:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)
     folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])
-    export.export(model, folder, collect, args.held_out or run["val_split"], args.test, facts, args.tag)
+    export.export(
+        model, folder, collect, args.held_out or run["val_split"], args.test, facts, args.tag, budgets=args.budgets
+    )
     if args.base is not None:
         (folder / BASE_LICENSE_FILE).write_text(licence)
 

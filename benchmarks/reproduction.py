@@ -13,6 +13,7 @@ from study import SETTINGS
 from templates import template
 
 from timm_dfs.hub import curve
+from timm_dfs.hub.both_halves import both_halves
 from timm_dfs.report.published import published_results
 
 ROOT = Path(__file__).parent.parent
@@ -49,9 +50,12 @@ def generated(root: Path) -> dict[str, str]:
         {name: json.loads((root / "hub" / name / "results.json").read_text()) for name in names}
         for names in ((DFS, JOINT), (FINE_TUNED_DFS, FINE_TUNED_JOINT))
     )
-    short = {
-        method: json.loads((root / "benchmarks/results/short" / f"{name}.json").read_text())
-        for method, name in dict(dfs=DFS, joint=JOINT).items()
+    earlier = {
+        runs: {
+            method: json.loads((root / "benchmarks/results" / runs / f"{name}.json").read_text())
+            for method, name in dict(dfs=DFS, joint=JOINT).items()
+        }
+        for runs in ("epochs79", "short")
     }
     runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
@@ -60,10 +64,13 @@ def generated(root: Path) -> dict[str, str]:
     text = template("reproduction.md.jinja", signed=lambda value: f"{value:+.2f}").render(
         verdict=verdict,
         minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)],
+        numbers=numbers,
         dfs=dfs,
         joint=joint,
+        whole_split=dict(dfs=whole_split(dfs), joint=whole_split(joint)),
         settings=settings,
-        short=short,
+        plain=earlier["epochs79"],
+        short=earlier["short"],
         published=published_results("cifar100", 100, dfs["flops"]),
         whole=dfs["last_exit_flops"],
         half={name: at_most(results[name], dfs["last_exit_flops"] / 2) for name in results},
@@ -75,6 +82,19 @@ def generated(root: Path) -> dict[str, str]:
     )
     title = f"{DFS}, {dfs['training']['epochs']} epochs: top-1 accuracy, %"
     return {TEXT: text, PLOT: curve.draw_two(title, dfs, joint, ("DFS", "joint"))}
+
+
+def whole_split(results: dict) -> dict:
+    """Accuracies on the whole test split, whether half of it fitted thresholds or not."""
+    return both_halves(results) or results["test"]
+
+
+def numbers(differences: list[float], sign: int) -> str:
+    """Exits at which a difference is positive, or negative, as a list in words."""
+    exits = [str(k) for k, difference in enumerate(differences) if sign * difference > 0]
+    if not exits:
+        return "no exit"
+    return f"exit{'s' * (len(exits) > 1)} {', '.join(exits)}"
 
 
 def at_most(results: dict, budget: float) -> dict:

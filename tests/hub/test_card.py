@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from timm_dfs.cli import app
 from timm_dfs.hub import card, curve
 from timm_dfs.hub import folder as hub
+from timm_dfs.hub.both_halves import both_halves
 
 SHIPPED = [folder.name for folder in card.model_folders(ROOT / "hub")]
 
@@ -55,7 +56,11 @@ def test_the_familys_card_is_what_the_results_make_byte_for_byte():
 
 def test_the_command_writes_the_card_the_curve_and_the_familys_card_and_nothing_else(folder):
     before = {file: file.read_bytes() for file in folder.parent.parent.rglob("*") if file.is_file()}
-    edit(folder / hub.RESULTS_FILE, lambda results: results["test"]["top1"].__setitem__(0, 12.34))
+
+    def change(results):
+        results["held_out"]["top1"][0] = results["test"]["top1"][0] = 12.34
+
+    edit(folder / hub.RESULTS_FILE, change)
     assert card.stale(folder) == [hub.CARD_FILE, hub.CURVE_FILE]
     run = CliRunner().invoke(app, ["card", str(folder)])
     assert run.exit_code == 0, run.output
@@ -80,14 +85,29 @@ def test_the_metadata_has_what_the_hub_reads_and_one_result_per_exit(name):
     (index,) = data["model-index"]
     assert index["name"] == name
     top1 = [result["metrics"][0]["value"] for result in index["results"]]
-    assert top1 == [round(value, 2) for value in measured["test"]["top1"]]
+    assert top1 == [round(value, 2) for value in (both_halves(measured) or measured["test"])["top1"]]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_huggingface_hubs_own_reader_takes_the_metadata_and_loses_nothing(name):
     loaded = ModelCard.load(ROOT / "hub" / name / hub.CARD_FILE, ignore_metadata_errors=False)
     values = [result.metric_value for result in loaded.data.eval_results if result.metric_name == "top-1"]
-    assert values == [round(value, 2) for value in results(name)["test"]["top1"]]
+    measured = results(name)
+    assert values == [round(value, 2) for value in (both_halves(measured) or measured["test"])["top1"]]
+
+
+def test_halves_of_the_test_split_are_said_and_exits_are_given_for_both(folder):
+    def change(results):
+        for half, samples, top1 in (("held_out", 6000, 50.0), ("test", 4000, 60.0)):
+            results[half].update(samples=samples, top1=[top1] * 7)
+
+    edit(folder / hub.RESULTS_FILE, change)
+    text = card.card(folder)
+    assert "All training images were trained on" in text and "| exit | top-1 of all 10,000, % | top-1, % |" in text
+    assert "| 3 | 54.00 | 60.00 |" in text
+    edit(folder / hub.RESULTS_FILE, lambda results: results["held_out"].update(split="train[45000:]"))
+    text = card.card(folder)
+    assert "All training images" not in text and "of all 10,000" not in text and "| 3 | 60.00 |" in text
 
 
 def test_a_twins_card_names_its_base_model(folder):
@@ -141,7 +161,7 @@ def test_a_card_states_what_a_preset_loses_against_the_last_exit_on_the_test_spl
         results["test"]["presets"]["fast"]["top1"] = 58.75
 
     edit(folder / hub.RESULTS_FILE, change)
-    assert "| `fast` | 58.75 | -1.25 |" in card.card(folder)
+    assert "| `fast` | 58.75 | -1.25 ± " in card.card(folder)
 
 
 def test_a_card_shows_no_figures_of_thresholds_that_were_fitted_anew(folder):
@@ -185,7 +205,10 @@ def test_a_card_without_presets_or_training_record_is_whole_too(folder):
 def test_a_card_of_other_data_does_not_speak_of_cifar(folder):
     for file in (hub.RESULTS_FILE, "config.json"):
         (folder / file).write_text((folder / file).read_text().replace("uoft-cs/cifar100", "other/data"))
-    text = card.card(folder).replace(SHIPPED[0], "").replace(results(SHIPPED[0])["training"]["recipe"], "")
+    training = results(SHIPPED[0])["training"]
+    text = card.card(folder)
+    for of_the_run in (SHIPPED[0], training["recipe"], f"| `aa` | {training['settings']['aa']} |"):
+        text = text.replace(of_the_run, "")
     assert "other/data" in text and "cifar" not in text.lower() and "The paper trains" not in text
 
 

@@ -14,6 +14,8 @@ from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.data.images import labels_of
 from timm_dfs.hub import card
 from timm_dfs.hub import folder as hub
+from timm_dfs.hub.both_halves import both_halves
+from timm_dfs.report.published import published_results
 
 HUB = ROOT / "hub"
 SHIPPED = [folder.name for folder in card.model_folders(HUB)]
@@ -93,34 +95,42 @@ def test_a_shipped_file_is_half_precision_and_small(name):
     assert (HUB / name / "model.safetensors").stat().st_size < 20e6
 
 
+MSDNET, MSDNET_JOINT = "dfs_msdnet_cifar100", "dfs_msdnet_cifar100.joint"
+LITE0 = "dfs_tf_efficientnet_lite0.cifar100"
+
+
+def readme():
+    return " ".join((HUB.parent / "README.md").read_text().split())
+
+
 def test_the_readmes_comparison_of_the_weights_matches_the_results():
-    readme = " ".join((HUB.parent / "README.md").read_text().split())
-    assert "On the held-out images joint training is ahead at every exit" in readme
-    assert "on the test images DFS is ahead at the first exit only" in readme
+    def dfs_is_ahead(dfs, joint, *splits):
+        return [[a > b for a, b in zip(results(dfs)[s]["top1"], results(joint)[s]["top1"])] for s in splits]
 
-    def dfs_is_ahead(split, joint="dfs_msdnet_cifar100.joint", dfs="dfs_msdnet_cifar100"):
-        return [ours > theirs for ours, theirs in zip(results(dfs)[split]["top1"], results(joint)[split]["top1"])]
-
-    assert not any(dfs_is_ahead("held_out"))
-    assert dfs_is_ahead("test") == [True] + 6 * [False]
-    assert "it is ahead at the first exit on the held-out images, and at no exit on the test images" in readme
-    fine_tuned = [f"dfs_tf_efficientnet_lite0.{tag}" for tag in ("cifar100", "cifar100_dfs")]
-    assert dfs_is_ahead("held_out", *fine_tuned) == [True] + 3 * [False]
-    assert not any(dfs_is_ahead("test", *fine_tuned))
-
-
-def test_each_preset_of_the_recommended_weights_is_more_accurate_than_the_others_and_cheaper():
-    readme = " ".join((HUB.parent / "README.md").read_text().split())
-    recommended = "dfs_tf_efficientnet_lite0.cifar100"
+    assert "it is ahead of `.joint` at the first two exits and behind at the others" in readme()
+    assert dfs_is_ahead(MSDNET, MSDNET_JOINT, "held_out", "test") == 2 * [2 * [True] + 5 * [False]]
     assert (
-        f"**Which weights to take: `{recommended}`.** Each of its presets is more accurate than all of MSDNet's"
-        in readme
+        "Lite0's sibling `.cifar100_dfs` is ahead at the first exit on the held-out images, and at no exit on"
+        in readme()
     )
-    of = {name: results(name)["test"]["presets"] for name in SHIPPED}
-    others = [preset for name in SHIPPED if "msdnet" in name for preset in of[name].values()]
-    for preset in of[recommended].values():
-        assert preset["top1"] > max(other["top1"] for other in others)
-        assert preset["average_flops"] < min(other["average_flops"] for other in others)
+    first, at_test = dfs_is_ahead(f"{LITE0}_dfs", LITE0, "held_out", "test")
+    assert first == [True] + 3 * [False] and not any(at_test)
+
+
+def test_the_readme_says_which_weights_are_most_accurate_and_which_are_cheapest():
+    assert f"**Which weights to take.** For the most accuracy `{MSDNET_JOINT}`" in readme()
+    assert f"For the least compute `{LITE0}`: each of its presets is more accurate than any of MSDNet's" in readme()
+    presets = {name: results(name)["test"]["presets"] for name in SHIPPED}
+    for name in ("accurate", "balanced", "fast"):
+        others = [preset["top1"] for other in SHIPPED if other != MSDNET_JOINT for preset in presets[other].values()]
+        assert presets[MSDNET_JOINT][name]["top1"] > max(others)
+    assert "its last exit is above the one that the paper reports for DFS" in readme()
+    whole = both_halves(results(MSDNET_JOINT))["top1"][-1]
+    assert whole > published_results("cifar100", 100, results(MSDNET_JOINT)["flops"]).exits["DFS"][-1]
+    of_msdnet = [*presets[MSDNET].values(), *presets[MSDNET_JOINT].values()]
+    for preset in presets[LITE0].values():
+        cheaper = [other["top1"] for other in of_msdnet if other["average_flops"] <= preset["average_flops"] * 1.05]
+        assert all(preset["top1"] > top1 for top1 in cheaper)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def arguments():
     parser.add_argument("--exports", type=Path, required=True, help="folder for the exported files, which are kept")
     parser.add_argument("--policies", nargs="+", help="presets to measure; all by default, and half the cost")
     parser.add_argument("--int8", action="store_true", help="quantized networks, too; needs a data set")
-    parser.add_argument("--calibration-split", default="train[45000:]", help="held out of training")
+    parser.add_argument("--calibration-split", default="train[45000:]", help="images for int8")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
     return parser.parse_args()
 

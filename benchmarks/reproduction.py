@@ -75,6 +75,7 @@ def generated(root: Path) -> dict[str, str]:
         whole=dfs["last_exit_flops"],
         half={name: at_most(results[name], dfs["last_exit_flops"] / 2) for name in results},
         reached=reached(dfs, joint),
+        budgets=[name for name in dfs["test"]["presets"] if name.endswith("M") and name in joint["test"]["presets"]],
         study=study(runs),
         fine_tuned=dict(dfs=fine_tuned[FINE_TUNED_DFS], joint=fine_tuned[FINE_TUNED_JOINT]),
         distill_weight=SETTINGS["joint, distilled"]["distill_weight"],

@@ -188,6 +188,12 @@ def test_half_the_cost_is_half_of_the_last_exit_alone_and_no_point_beyond_it_cou
     assert f"Within half of that, {half / 1e6:.1f} M: DFS {dearest['top1']:.2f} %" in text(root)
 
 
+def test_presets_for_a_budget_are_compared(root):
+    edit(root, reproduction.DFS, lambda results: results["test"]["presets"]["60M"].update(top1=71.0))
+    edit(root, reproduction.JOINT, lambda results: results["test"]["presets"]["60M"].update(top1=69.5))
+    assert cells(text(root), "`60M`")[2] == "+1.50"
+
+
 def test_an_epochs_time_follows_from_the_speed(root):
     assert cells(text(root), "a, 1, float32 NCHW") == ["100.0", "125.0", "1.25×", "8.3", "6.7"]
 

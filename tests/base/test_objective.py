@@ -39,6 +39,8 @@ BAD = {
     "distill_feature_weight": [-1e-9, -1, NAN, INF, True, False, "0.1", [0.1], torch.tensor(0.1)],
     "gradient_equilibrium": [0, 1, "True", "", 1.0, [True]],
     "train_backbone": [0, 1, "False", "", 0.0, [False]],
+    "teacher_loss": ["KL", "", True, 1, ["dkd"]],
+    "teacher_size": [0, -96, 96.0, True, "96", (96, 96)],
     "aggregator": ["pcgrad", "PCGRAD", "Mean", "sum", "", " PCGrad", True, False, 0, 1, ["PCGrad"], ("PCGrad",)],
 }
 EVERY_BAD = [pytest.param(name, value, id=f"{name}={value!r:.20}") for name in BAD for value in BAD[name]]

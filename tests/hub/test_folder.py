@@ -140,7 +140,8 @@ def test_a_shipped_model_is_as_accurate_as_its_results_say(name):
     if data is None:
         pytest.skip("CIFAR100 does not name a folder with the data set, in the Hub's layout")
     model = timm.create_model(name, pretrained=True)
-    loader = dataset_loader(model, f"hfds/{data}", None, "test", "img", "fine_label", 128, 1)
+    split = results(name)["test"]["split"]
+    loader = dataset_loader(model, f"hfds/{data}", None, split, "img", "fine_label", 128, 1)
     top1 = timm_dfs.anytime_accuracy(*timm_dfs.collect_logits(model, loader))
     assert torch.allclose(top1, torch.tensor(results(name)["test"]["top1"]), atol=0.05)
 

@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 from helpers import CLASSES, TINY, images, same_weights, tiny_msdnet, tiny_resnet, tiny_vgg
+from hypothesis import given
+from hypothesis import strategies as st
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
@@ -22,6 +24,7 @@ from torch import nn
 
 import timm_dfs
 from timm_dfs import ExitsLoss
+from timm_dfs.training.teacher import decoupled as parts_of_dkd
 
 LABELS = torch.tensor([0, 3, 1, 4])
 SOFT = torch.nn.functional.one_hot(LABELS, CLASSES).float() * 0.8 + 0.04
@@ -203,9 +206,9 @@ WEIGHTS = {  # timm's flags, and the weights of task and distillation that they 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_another_network_teaches_every_exit(weights, wrap):
-    given, of_task, of_teacher = WEIGHTS[weights]
+    flags, of_task, of_teacher = WEIGHTS[weights]
     model, outside = tiny_vgg(loss_weights=[1, 2, 0.5], chain=0.5).train(), teacher()
-    task = LogitDistillationTask(wrap(model), outside, nn.CrossEntropyLoss(), temperature=3.0, verbose=False, **given)
+    task = LogitDistillationTask(wrap(model), outside, nn.CrossEntropyLoss(), temperature=3.0, verbose=False, **flags)
     result = task(images(size=32), LABELS)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     its_mean, its_std = (torch.tensor(outside.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -219,6 +222,66 @@ def test_another_network_teaches_every_exit(weights, wrap):
     result["loss"].backward()
     assert all(head.fc.weight.grad.any() for head in model.heads)
     assert all(parameter.grad is None for parameter in outside.parameters())
+
+
+def decoupled(logits, of_teacher, labels, temperature):
+    """Decoupled knowledge distillation by its definition (Zhao et al., arXiv 2203.08679, section 3), image by image."""
+    found = []
+    for row, its, label in zip(logits.detach().double(), of_teacher.double(), labels):
+        ours, its = (row / temperature).softmax(-1), (its / temperature).softmax(-1)
+        others = [k for k in range(len(row)) if k != label]
+        binary = [torch.stack([p[label], 1 - p[label]]) for p in (its, ours)]
+        among = [p[others] / (1 - p[label]) for p in (its, ours)]
+        of_target, of_others = ((a * (a / b).log()).sum() for a, b in (binary, among))
+        found.append(of_target + 8 * of_others)
+    return temperature**2 * torch.stack(found).mean().float()
+
+
+def test_decoupled_distillation_is_that_of_its_paper_at_every_exit():
+    model, outside = tiny_vgg(teacher_loss="dkd").train(), teacher()
+    task = LogitDistillationTask(
+        model, outside, nn.CrossEntropyLoss(), temperature=4.0, verbose=False, distill_loss_weight=0.5
+    )
+    result = task(images(size=32), LABELS)
+    its = outside(task.teacher.normalize_input(images(size=32), task.student_mean, task.student_std)).detach()
+    expected = sum(
+        nn.functional.cross_entropy(logits, LABELS) + 0.5 * decoupled(logits, its, LABELS, 4.0)
+        for logits in result["output"]
+    )
+    assert torch.allclose(result["loss"], expected, rtol=1e-4)
+    result["loss"].backward()
+    assert all(head.fc.weight.grad.any() for head in model.heads)
+
+
+@given(st.integers(3, 8), st.integers(0, 2**31), st.sampled_from([1.0, 30.0]))
+def test_the_two_parts_make_up_the_divergence(classes, seed, scale):
+    torch.manual_seed(seed)
+    ours, its = (scale * torch.randn(2, 4, classes, dtype=torch.float64)).log_softmax(-1)
+    target = torch.randint(classes, (4,))
+    of_target, of_others = parts_of_dkd(ours, its, target)
+    rest = 1 - its.gather(-1, target[:, None])[:, 0].exp()
+    whole = nn.functional.kl_div(ours, its, reduction="none", log_target=True).sum(-1)
+    assert torch.allclose(of_target + rest * of_others, whole, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", [torch.rand(4, CLASSES), torch.rand(4), torch.zeros(3, dtype=torch.long)])
+def test_decoupled_distillation_refuses_targets_that_are_no_classes(target):
+    model = tiny_vgg(teacher_loss="dkd").train()
+    task = LogitDistillationTask(model, teacher(), lambda logits, target: logits.sum(), verbose=False)
+    with pytest.raises(ValueError, match="without mixup, cutmix and soft targets, or take teacher_loss='kl'"):
+        task(images(size=32), target)
+
+
+def test_the_teacher_sees_images_at_its_own_size():
+    shapes, outside = [], teacher()
+    outside.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape)))
+    task = LogitDistillationTask(tiny_vgg(teacher_size=48).train(), outside, verbose=False)
+    result = task(images(size=32), LABELS)
+    assert shapes == [(4, 3, 48, 48)] and result["output"][0].shape == (4, CLASSES)
+    outside.pretrained_cfg["input_size"] = (3, 160, 160)
+    with pytest.warns(UserWarning, match="trained at 160 pixels and sees 32; --model-kwargs teacher_size=160"):
+        LogitDistillationTask(tiny_vgg().train(), outside, verbose=False)(images(size=32), LABELS)
+    assert shapes[-1] == (4, 3, 32, 32)
 
 
 @pytest.mark.parametrize("make", TINY.values(), ids=TINY)

@@ -10,6 +10,10 @@ AGGREGATORS = ("PCGrad", "CAGrad", "NashMTL", "MGDA", "AlignedMTL", "UPGrad")
 """Gradient aggregators, by their names in torchjd."""
 
 
+TEACHER_LOSSES = ("kl", "dkd")
+"""Losses by which another network teaches: timm's divergence, and decoupled knowledge distillation."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """Settings that combine the exits' losses, or their gradients, into one gradient.
@@ -29,6 +33,9 @@ class Objective:
             of these only those of exits whose loss has a weight. So ``loss_weights=[1, 1, 0]`` keeps the last exit of a
             pretrained network as it is, also from weight decay.
         aggregator: One of :data:`AGGREGATORS`, or ``None`` for the sum of the exits' gradients.
+        teacher_loss: How another network, timm's ``--kd-model-name``, teaches each exit: ``"kl"``, the divergence as
+            timm has it, or ``"dkd"``, decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
+        teacher_size: Height and width in pixels at which that network sees the images; ``None``: those of training.
 
     Raises:
         ValueError: If a value is not one of those listed above.
@@ -52,6 +59,8 @@ class Objective:
     gradient_equilibrium: bool = False
     train_backbone: bool = True
     aggregator: str | None = None
+    teacher_loss: str = "kl"
+    teacher_size: int | None = None
 
     def __post_init__(self) -> None:
         weights = self.loss_weights
@@ -70,6 +79,11 @@ class Objective:
             raise ValueError(
                 f"aggregator is {self.aggregator!r}; choose one of {', '.join(map(repr, AGGREGATORS))}, or None."
             )
+        if self.teacher_loss not in TEACHER_LOSSES:
+            raise ValueError(f"teacher_loss is {self.teacher_loss!r}; choose {' or '.join(map(repr, TEACHER_LOSSES))}.")
+        size = self.teacher_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"teacher_size is {size!r}; give a number of pixels, or None for those of training.")
 
         for name in ("distill_weight", "distill_temperature", "distill_feature_weight"):
             object.__setattr__(self, name, float(getattr(self, name)))

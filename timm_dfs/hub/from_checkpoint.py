@@ -44,6 +44,10 @@ _SETTINGS = (
     "cutout",
     "reprob",
     "model_ema",
+    "kd_model_name",
+    "kd_temperature",
+    "task_loss_weight",
+    "distill_loss_weight",
 )
 
 Split = tuple[torch.Tensor, torch.Tensor]
@@ -194,7 +198,12 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
         if not recorded.get("resume"):  # a resumed run has rewritten the file, whose time is not that of its start
             facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
         facts.update((key, recorded[key]) for key in ("seed", "batch_size") if recorded.get(key) is not None)
-        facts["settings"] = {key: recorded[key] for key in _SETTINGS if recorded.get(key) is not None}
+        taught = recorded.get("kd_model_name")  # without a teacher, train.py records its temperature all the same
+        facts["settings"] = {
+            key: recorded[key]
+            for key in _SETTINGS
+            if recorded.get(key) is not None and (taught or key != "kd_temperature")
+        }
         if recorded.get("config"):
             facts["recipe"] = Path(recorded["config"]).name
     facts["measured_on"] = f"{threads()} of {processor()}"

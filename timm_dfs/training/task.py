@@ -17,7 +17,7 @@ from torch import nn
 from ..base.model import MultiExitModel
 from .aggregation import AggregatedExitsLoss
 from .losses import Criterion, ExitsLoss
-from .teacher import TeacherTerm, check_teacher
+from .teacher import TeacherTerm, check_teacher, seen_by_teacher
 
 
 def install() -> None:
@@ -80,12 +80,15 @@ def _with_a_teacher(original: Callable) -> Callable:
 
 def _teaching_every_exit(original: Callable) -> Callable:
     def forward(self, input, target):
-        if _with_exits(self.trainable_module) is None:
+        if (model := _with_exits(self.trainable_module)) is None:
             return original(self, input, target)
+        objective = model.objective
         with torch.inference_mode():
-            logits = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+            seen = seen_by_teacher(input, objective.teacher_size, self.teacher.model)
+            logits = self.teacher(self.teacher.normalize_input(seen, self.student_mean, self.student_std))
         # A copy: tensors made in inference mode cannot be saved for the backward pass.
-        term = TeacherTerm(logits.clone(), self.temperature, self.distill_loss_weight, self.task_loss_weight)
+        weights = self.temperature, self.distill_loss_weight, self.task_loss_weight
+        term = TeacherTerm(logits.clone(), *weights, target, objective.teacher_loss)
         outputs = self.trainable_module(input)
         return dict(loss=self.criterion(outputs, target, term), output=outputs)
 

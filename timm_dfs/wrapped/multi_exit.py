@@ -1,6 +1,6 @@
 """A network with exits around any timm backbone."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -279,17 +279,14 @@ class MultiExit(MultiExitModel):
             if isinstance(module, PoolTokens) and global_pool is not None:
                 module.follow(global_pool)
 
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Change the image size as the backbone's own ``set_input_size`` does, with its arguments.
-
-        Raises:
-            ValueError: If the backbone has no such method.
-        """
+    @property
+    def set_input_size(self) -> Callable[..., None]:
+        """The backbone's own ``set_input_size``, which changes the image size; only where there is one, as in timm."""
         if not hasattr(self.backbone, "set_input_size"):
-            raise ValueError(
-                f"{type(self.backbone).__name__} has no set_input_size; give images of another size as they are, or "
-                "create the model with img_size."
-            )
+            raise AttributeError(f"{type(self.backbone).__name__} has no set_input_size.")
+        return self._set_input_size
+
+    def _set_input_size(self, *args: Any, **kwargs: Any) -> None:
         self.backbone.set_input_size(*args, **kwargs)
         self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *_image_size(self.backbone))
 

@@ -24,6 +24,8 @@ def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
     presets = dict(hand=dict(thresholds=[0.5]), fast=dict(fitted_on=dict(dataset="x", split="test[:9]", samples=9)))
     for dataset, split in [("x", "train"), ("x", "test[9:]"), ("y", "test[:9]")]:
         refuse_fitted_split(presets, dataset, split)
+    with pytest.raises(ValueError, match="'fast' was fitted on"):  # a copy of the data set
+        refuse_fitted_split(presets, "/data/X/", "test")
     for split in ("test[:9]", "test", "test[8:]", "test[:1%]"):
         with pytest.raises(ValueError, match=r"'fast' was fitted on test\[:9\] of x"):
             refuse_fitted_split(presets, "x", split)

@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from timm_dfs import ExitPolicy, anytime_accuracy, budgeted_batch, exit_flops, measure_policy
-from timm_dfs.cli import app
+from timm_dfs.cli import app, report
 from timm_dfs.evaluation.bench import LAST_EXIT, Timing
 from timm_dfs.hub import folder as hub
 from timm_dfs.report import (
@@ -503,6 +503,11 @@ def test_the_command_measures_and_writes_a_page(arguments, tmp_path):
     assert data["files"][0] == str(tmp_path / "r" / PAGE)
 
 
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_thresholds_may_come_from_another_part_of_the_split(split):
+    report._check_val_split(f"{split}[:9]", f"{split}[9:]", "x")
+
+
 def test_times_can_be_left_out_and_what_is_missing_is_said(arguments, tmp_path):
     result = run(*arguments, "--seconds", 0)
     assert result.exit_code == 0, result.output
@@ -517,6 +522,9 @@ def test_times_can_be_left_out_and_what_is_missing_is_said(arguments, tmp_path):
     [
         (("--val-split", "test"), ("--val-split is test", "held out of training")),
         (("--val-split", "test[:10]"), ("test[:10]",)),
+        (("--split", "validation[5:]", "--val-split", "test[:5]"), ("not test",)),
+        (("--split", "validation[5:]", "--val-split", "validation[:6]"), ("shares no images",)),
+        (("--split", "validation[5:]", "--val-split", "validation[:10%]"), ("shares no images",)),
         (("--split", "validation", "--val-split", "validation"), ("--val-split is validation",)),
         (("--output", "absent/folder"), ("absent",)),
         (("--output", "."), ("there already",)),

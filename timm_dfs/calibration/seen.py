@@ -46,15 +46,23 @@ def _rows(logits: torch.Tensor) -> list[bytes]:
 
 
 def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -> None:
-    """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set."""
+    """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set.
+
+    Data sets are the same if the last parts of their names are: a folder ``data/cifar100`` is ``uoft-cs/cifar100``.
+    """
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
         fitted = source.get("split")
-        if fitted and source.get("dataset") == dataset and overlap(fitted, split) is not False:
+        of_same = _last_part(source.get("dataset") or "") == _last_part(dataset)
+        if fitted and of_same and overlap(fitted, split) is not False:
             raise ValueError(
                 f"The preset {name!r} was fitted on {fitted} of {dataset}, whose images in {split} would flatter it; "
                 "give a split without them."
             )
+
+
+def _last_part(dataset: str) -> str:
+    return dataset.rstrip("/").rpartition("/")[2].casefold()
 
 
 def is_test(split: str, dataset: str = "") -> bool:

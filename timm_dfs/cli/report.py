@@ -11,6 +11,7 @@ from ..base.model import MultiExitModel
 from ..calibration.seen import is_test, refuse_fitted_split
 from ..data.datasets import dataset_loader
 from ..data.images import labels_of
+from ..data.overlap import overlap
 from ..evaluation.accuracy import collect_logits
 from ..evaluation.bench import Timing, measure
 from ..inference.fusion import fuse
@@ -96,10 +97,12 @@ def report(
 def _check_val_split(val_split: str | None, split: str, dataset: str) -> None:
     if val_split is None:
         return
-    if val_split == split or is_test(val_split, dataset):
+    parts = val_split.partition("[")[0] == split.partition("[")[0]  # of one split, which may be the test split
+    shared = overlap(val_split, split)
+    if shared is not False if parts else shared or is_test(val_split, dataset):
         raise ValueError(
-            f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that is neither "
-            "measured on nor test, held out of training, e.g. 'train[45000:]'."
+            f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that shares no images "
+            "with it, held out of training, e.g. 'train[45000:]', and not test, unless another part of it is measured."
         )
 
 

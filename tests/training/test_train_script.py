@@ -159,8 +159,9 @@ def test_two_processes_train_every_exit(pictures, tmp_path, settings):
         (("--task-loss-weight", "0.5"), ()),
         (("--torchcompile", "eager", "--amp", "--amp-dtype", "bfloat16"), ()),
         (model_kwargs(aggregator="UPGrad", chain=0.5), torchrun(2)),
+        (model_kwargs(teacher_loss="dkd", teacher_size=48), ()),
     ],
-    ids=["weighted", "compiled in bf16", "two processes, aggregation, chained"],
+    ids=["weighted", "compiled in bf16", "two processes, aggregation, chained", "decoupled, at its own size"],
 )
 def test_another_network_teaches_every_exit(pictures, tmp_path, flags, launcher):
     save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path / "teacher", model_args={})

@@ -13,7 +13,7 @@ from study import SETTINGS
 from templates import template
 
 from timm_dfs.hub import curve
-from timm_dfs.hub.both_halves import both_halves
+from timm_dfs.hub.both_parts import both_parts
 from timm_dfs.report.published import published_results
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ def generated(root: Path) -> dict[str, str]:
 
 def whole_split(results: dict) -> dict:
     """Accuracies on the whole test split, whether half of it fitted thresholds or not."""
-    return both_halves(results) or results["test"]
+    return both_parts(results) or results["test"]
 
 
 def numbers(differences: list[float], sign: int) -> str:

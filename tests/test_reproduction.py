@@ -100,7 +100,7 @@ def test_the_difference_of_the_two_rows_is_beside_the_papers(root):
     assert cells(made, "paper, DFS − MSDNet")[0] == "+8.36"
 
 
-def test_rows_are_of_both_halves_of_the_test_split(root):
+def test_rows_are_of_both_parts_of_the_test_split(root):
     reach(root, reproduction.DFS, [70.0] * 7)
     edit(root, reproduction.DFS, lambda results: results["held_out"].update(top1=[72.0] * 7))
     assert cells(text(root), "AutoAugment and Cutout: DFS, 240 epochs") == ["71.00"] * 7

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from timm_dfs.cli import app
 from timm_dfs.hub import card, curve
 from timm_dfs.hub import folder as hub
-from timm_dfs.hub.both_halves import both_halves
+from timm_dfs.hub.both_parts import both_parts
 
 SHIPPED = [folder.name for folder in card.model_folders(ROOT / "hub")]
 
@@ -85,7 +85,7 @@ def test_the_metadata_has_what_the_hub_reads_and_one_result_per_exit(name):
     (index,) = data["model-index"]
     assert index["name"] == name
     top1 = [result["metrics"][0]["value"] for result in index["results"]]
-    assert top1 == [round(value, 2) for value in (both_halves(measured) or measured["test"])["top1"]]
+    assert top1 == [round(value, 2) for value in (both_parts(measured) or measured["test"])["top1"]]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -93,21 +93,23 @@ def test_huggingface_hubs_own_reader_takes_the_metadata_and_loses_nothing(name):
     loaded = ModelCard.load(ROOT / "hub" / name / hub.CARD_FILE, ignore_metadata_errors=False)
     values = [result.metric_value for result in loaded.data.eval_results if result.metric_name == "top-1"]
     measured = results(name)
-    assert values == [round(value, 2) for value in (both_halves(measured) or measured["test"])["top1"]]
+    assert values == [round(value, 2) for value in (both_parts(measured) or measured["test"])["top1"]]
 
 
-def test_halves_of_the_test_split_are_said_and_exits_are_given_for_both(folder):
+def test_parts_of_one_split_are_said_and_exits_are_given_for_both(folder):
     def change(results):
         for half, samples, top1 in (("held_out", 6000, 50.0), ("test", 4000, 60.0)):
             results[half].update(samples=samples, top1=[top1] * 7)
 
     edit(folder / hub.RESULTS_FILE, change)
     text = card.card(folder)
-    assert "All training images were trained on" in text and "| exit | top-1 of all 10,000, % | top-1, % |" in text
+    assert "on another part of that split, `test[:5000]`" in text
+    assert "| exit | top-1 of both, 10,000 images, % | top-1, % |" in text
+    assert metadata_of(text)["model-index"][0]["results"][0]["dataset"]["split"] == "test[:5000]+test[5000:]"
     assert "| 3 | 54.00 | 60.00 |" in text
     edit(folder / hub.RESULTS_FILE, lambda results: results["held_out"].update(split="train[45000:]"))
     text = card.card(folder)
-    assert "All training images" not in text and "of all 10,000" not in text and "| 3 | 60.00 |" in text
+    assert "another part" not in text and "of both" not in text and "| 3 | 60.00 |" in text
 
 
 def test_a_twins_card_names_its_base_model(folder):

@@ -14,7 +14,7 @@ from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.data.images import labels_of
 from timm_dfs.hub import card
 from timm_dfs.hub import folder as hub
-from timm_dfs.hub.both_halves import both_halves
+from timm_dfs.hub.both_parts import both_parts
 from timm_dfs.report.published import published_results
 
 HUB = ROOT / "hub"
@@ -125,7 +125,7 @@ def test_the_readme_says_which_weights_are_most_accurate_and_which_are_cheapest(
         others = [preset["top1"] for other in SHIPPED if other != MSDNET_JOINT for preset in presets[other].values()]
         assert presets[MSDNET_JOINT][name]["top1"] > max(others)
     assert "its last exit is above the one that the paper reports for DFS" in readme()
-    whole = both_halves(results(MSDNET_JOINT))["top1"][-1]
+    whole = both_parts(results(MSDNET_JOINT))["top1"][-1]
     assert whole > published_results("cifar100", 100, results(MSDNET_JOINT)["flops"]).exits["DFS"][-1]
     of_msdnet = [*presets[MSDNET].values(), *presets[MSDNET_JOINT].values()]
     for preset in presets[LITE0].values():

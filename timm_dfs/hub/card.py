@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from ..pretrained.packaged import CONFIG_FILE
 from . import curve
-from .both_halves import both_halves
+from .both_parts import both_parts
 from .folder import CARD_FILE, CURVE_FILE, RESULTS_FILE
 
 FAMILY_CARD_FILE = "MODEL_CARD.md"
@@ -80,7 +80,7 @@ def _is_packages_own(results: dict) -> bool:
 
 
 def _exits(results: dict) -> list[dict]:
-    test, of_whole = results["test"], both_halves(results) or results["test"]
+    test, of_whole = results["test"], both_parts(results) or results["test"]
     columns = dict(top1=test["top1"], top5=test["top5"], ece=test["ece"])
     columns |= dict(whole_top1=of_whole["top1"], whole_top5=of_whole["top5"])
     columns |= dict(published=results["flops"], lazy=results["flops_lazy"])
@@ -91,7 +91,7 @@ def metadata(folder: Path) -> dict[str, Any]:
     """Metadata of a card for the Hub, with one result in the model index for each exit."""
     results, _ = _read(folder)
     data = _data_set(results["dataset"])
-    split = (both_halves(results) or results["test"])["split"]
+    split = (both_parts(results) or results["test"])["split"]
     task = "image-classification"
     card_data = ModelCardData(
         library_name="timm",
@@ -157,7 +157,7 @@ def card(folder: Path) -> str:
         ensemble=any(preset.get("ensemble") for preset in arguments.get("presets", {}).values()),
         example_thresholds=[0.9] * (len(exits) - 1) + [0.0],
         test=results["test"],
-        whole_split=both_halves(results),
+        both=both_parts(results),
         held_out=results.get("held_out"),
         largest_losses=results.get("largest_losses"),
         data=data,
@@ -236,7 +236,7 @@ def family_card(hub: Path) -> str:
                 data=_data_set(results["dataset"]).title,
                 epochs=results.get("training", {}).get("epochs", ""),
                 exits=len(results["flops"]),
-                top1=(both_halves(results) or results["test"])["top1"],
+                top1=(both_parts(results) or results["test"])["top1"],
                 lazy=results["flops_lazy"],
                 whole=whole,
             )

@@ -23,6 +23,8 @@ WHOLE: dict[str, str] = {}
 
 UNEXPORTABLE = {
     "convmixer": "logits differ",  # rounding grows from layer to layer beyond what the verification allows
+    "gemma4_vit": "not valid ONNX",  # torch's exporter loses bounds of clamps that it names alike
+    "inception_v4": "logits differ",
 }
 """Modules whose networks cannot be exported, and a part of the error."""
 

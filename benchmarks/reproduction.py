@@ -92,10 +92,12 @@ def whole_split(results: dict) -> dict:
 
 def numbers(differences: list[float], sign: int) -> str:
     """Exits at which a difference is positive, or negative, as a list in words."""
-    exits = [str(k) for k, difference in enumerate(differences) if sign * difference > 0]
-    if not exits:
-        return "no exit"
-    return f"exit{'s' * (len(exits) > 1)} {', '.join(exits)}"
+    return in_words([k for k, difference in enumerate(differences) if sign * difference > 0]) or "no exit"
+
+
+def in_words(exits: list[int]) -> str:
+    """``exit 2``, ``exits 2, 4``; nothing for none."""
+    return f"exit{'s' * (len(exits) > 1)} {', '.join(map(str, exits))}" if exits else ""
 
 
 def at_most(results: dict, budget: float) -> dict:
@@ -154,12 +156,10 @@ def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]])
 def verdict(found: list[Difference]) -> str:
     """Sentence on the exits at which a setting is clearly ahead of or behind joint training."""
     where = {
-        word: [str(k) for k, difference in enumerate(found) if difference.clear and sign * difference.mean > 0]
+        word: in_words([k for k, difference in enumerate(found) if difference.clear and sign * difference.mean > 0])
         for word, sign in dict(ahead=1, behind=-1).items()
     }
-    parts = [
-        f"clearly {word} at exit{'s' * (len(exits) > 1)} {', '.join(exits)}" for word, exits in where.items() if exits
-    ]
+    parts = [f"clearly {word} at {exits}" for word, exits in where.items() if exits]
     return "; ".join(parts) or "no clear difference to joint training at any exit"
 
 

@@ -370,6 +370,32 @@ def test_a_run_ends_where_train_py_does(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+# The plan.
+
+
+def test_the_plans_table_is_what_was_measured():
+    text = (KIT / "gpu_plan.md").read_text()
+    for line in map(json.loads, (KIT.parent / "results" / "gpu_speed.jsonl").read_text().splitlines()):
+        (row,) = [
+            row.split("|")[2:5]
+            for row in text.splitlines()
+            if row.startswith("|") and row.split("|")[1].strip() == ROWS[line["capture"], line["compiler"]]
+        ]
+        if line["runs"] == 2:
+            assert [cell.strip() for cell in row[:2]] == [f"{line['step_ms']:.1f}", f"{line['epoch'] / 2:.2f}"]
+        else:
+            assert row[2].strip() == f"{line['epoch']:.2f}"
+
+
+ROWS = {
+    ("off", None): "eager, as train.py launches",
+    ("chain", None): "graph, one after the other (`--capture chain`)",
+    ("branches", None): "graph, side by side (`--capture branches`)",
+    ("chain", "inductor"): "compiled by inductor, graph, one after the other",
+    ("branches", "inductor"): "compiled by inductor, graph, side by side",
+}
+"""Rows of the table by how steps are captured, and the compiler."""
+
 # Recipes.
 
 

@@ -22,6 +22,8 @@ def test_samples_are_recognised_in_any_order_precision_and_number_of_exits():
 
 def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
     presets = dict(hand=dict(thresholds=[0.5]), fast=dict(fitted_on=dict(dataset="x", split="test[:9]", samples=9)))
+    elsewhere = dict(fast=dict(fitted_on=dict(dataset="/site/a/images", split="val", samples=9)))
+    refuse_fitted_split(elsewhere, "/site/b/images", "val")  # other images in a folder of the same name
     for dataset, split in [("x", "train"), ("x", "test[9:]"), ("y", "test[:9]")]:
         refuse_fitted_split(presets, dataset, split)
     with pytest.raises(ValueError, match="'fast' was fitted on"):  # a copy of the data set

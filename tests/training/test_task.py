@@ -272,6 +272,12 @@ def test_decoupled_distillation_refuses_targets_that_are_no_classes(target):
         task(images(size=32), target)
 
 
+@pytest.mark.parametrize("settings", [dict(teacher_loss="dkd"), dict(teacher_size=96)], ids=str)
+def test_settings_of_a_teacher_are_refused_where_there_is_none(settings):
+    with pytest.raises(ValueError, match="there is no teacher; give --kd-model-name, or leave it out"):
+        ClassificationTask(tiny_vgg(**settings), nn.CrossEntropyLoss(), verbose=False)
+
+
 def test_the_teacher_sees_images_at_its_own_size():
     shapes, outside = [], teacher()
     outside.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape)))

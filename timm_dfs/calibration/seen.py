@@ -6,6 +6,7 @@ hold no samples; the names of their data set and split are compared.
 """
 
 from collections.abc import Mapping, Set
+from pathlib import Path
 
 import torch
 
@@ -48,21 +49,23 @@ def _rows(logits: torch.Tensor) -> list[bytes]:
 def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -> None:
     """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set.
 
-    Data sets are the same if the last parts of their names are: a folder ``data/cifar100`` is ``uoft-cs/cifar100``.
+    A folder ``/data/cifar100`` is taken for a copy of the Hub's ``uoft-cs/cifar100``, because it is called like it.
     """
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
         fitted = source.get("split")
-        of_same = _last_part(source.get("dataset") or "") == _last_part(dataset)
-        if fitted and of_same and overlap(fitted, split) is not False:
+        if fitted and _same_data(source.get("dataset") or "", dataset) and overlap(fitted, split) is not False:
             raise ValueError(
                 f"The preset {name!r} was fitted on {fitted} of {dataset}, whose images in {split} would flatter it; "
                 "give a split without them."
             )
 
 
-def _last_part(dataset: str) -> str:
-    return dataset.rstrip("/").rpartition("/")[2].casefold()
+def _same_data(first: str, second: str) -> bool:
+    """Whether two names mean one data set: the same name, or a Hub's name and a folder that is called like it."""
+    if first == second or Path(first).is_absolute() == Path(second).is_absolute():
+        return first == second
+    return Path(first).name.casefold() == Path(second).name.casefold()
 
 
 def is_test(split: str, dataset: str = "") -> bool:

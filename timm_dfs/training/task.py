@@ -17,7 +17,7 @@ from torch import nn
 from ..base.model import MultiExitModel
 from .aggregation import AggregatedExitsLoss
 from .losses import Criterion, ExitsLoss
-from .teacher import TeacherTerm, check_teacher, seen_by_teacher
+from .teacher import TeacherTerm, check_no_teacher_is_set, check_teacher, seen_by_teacher
 
 
 def install() -> None:
@@ -63,6 +63,7 @@ def _training_every_exit(original: Callable) -> Callable:
     def __init__(self, model, *args, **kwargs):
         original(self, model, *args, **kwargs)
         if (with_exits := _with_exits(model)) is not None:
+            check_no_teacher_is_set(with_exits.objective)
             self.criterion = exits_loss(with_exits, self.criterion)
 
     return __init__

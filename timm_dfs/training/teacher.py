@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..base.model import MultiExitModel
+from ..base.objective import Objective
 
 DKD_WEIGHTS = (1.0, 8.0)
 """Weights of the two parts of decoupled knowledge distillation, alpha and beta: those of most pairs of networks on
@@ -121,6 +122,13 @@ def seen_by_teacher(images: torch.Tensor, size: int | None, teacher: nn.Module) 
             stacklevel=2,
         )
     return images
+
+
+def check_no_teacher_is_set(objective: Objective) -> None:
+    """Raise ``ValueError`` if settings of a teacher would be without effect, because there is none."""
+    for name in ("teacher_loss", "teacher_size"):
+        if (value := getattr(objective, name)) != getattr(Objective, name):
+            raise ValueError(f"{name} is {value!r}, and there is no teacher; give --kd-model-name, or leave it out.")
 
 
 def check_teacher(teacher: nn.Module, model: MultiExitModel, named: bool, temperature: float) -> None:

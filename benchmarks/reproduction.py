@@ -6,9 +6,11 @@ python benchmarks/reproduction.py
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from outcome import SHARES
 from study import SETTINGS
 from templates import template
 
@@ -30,12 +32,12 @@ class Difference:
 
     Attributes:
         mean: Mean over the seeds.
-        spread: Standard deviation over the seeds.
+        spread: Standard deviation over the seeds; ``None`` for one seed.
         clear: Whether the 95 % interval of the mean excludes 0.
     """
 
     mean: float
-    spread: float
+    spread: float | None
     clear: bool
 
 
@@ -57,11 +59,16 @@ def generated(root: Path) -> dict[str, str]:
         }
         for runs in ("epochs79", "short")
     }
-    runs = [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]
+    runs, of_seeds = (
+        [json.loads(line) for line in (root / "benchmarks/results" / name).read_text().splitlines()]
+        for name in ("study.jsonl", "fine_tuned.jsonl")
+    )
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     dfs, joint = results[DFS], results[JOINT]
     settings = json.loads((root / "hub" / DFS / "config.json").read_text())["model_args"]
-    text = template("reproduction.md.jinja", signed=lambda value: f"{value:+.2f}").render(
+    text = template(
+        "reproduction.md.jinja", signed=lambda value: f"{value:+.2f}", percent=lambda share: f"{share:.0%}"
+    ).render(
         verdict=verdict,
         minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)],
         numbers=numbers,
@@ -77,6 +84,8 @@ def generated(root: Path) -> dict[str, str]:
         reached=reached(dfs, joint),
         budgets=[name for name in dfs["test"]["presets"] if name.endswith("M") and name in joint["test"]["presets"]],
         study=study(runs),
+        over_seeds=over_seeds(of_seeds),
+        shares=SHARES,
         fine_tuned=dict(dfs=fine_tuned[FINE_TUNED_DFS], joint=fine_tuned[FINE_TUNED_JOINT]),
         distill_weight=SETTINGS["joint, distilled"]["distill_weight"],
         speeds=speeds,
@@ -124,23 +133,43 @@ def study(runs: list[dict]) -> list[dict]:
     """Tables of the study, one per number of epochs: accuracy and difference to joint training, exit by exit."""
     tables = []
     for epochs in sorted({run["epochs"] for run in runs}):
-        top1: dict[str, dict[int, list[float]]] = {}
-        for run in runs:
-            if run["epochs"] == epochs:
-                top1.setdefault(run["setting"], {})[run["seed"]] = run["top1"]
-        rows = [
-            dict(
-                setting=setting,
-                seeds=len(top1[setting]),
-                mean=[statistics.mean(values) for values in zip(*top1[setting].values())],
-                differences=[] if setting == "joint" else differences(top1[setting], top1["joint"]),
-            )
-            for setting in SETTINGS
-            if setting in top1
-        ]
-        missing = [setting for setting in SETTINGS if setting not in top1]
+        of_length = [run for run in runs if run["epochs"] == epochs]
+        rows = compared(of_length, lambda run: run["top1"], list(SETTINGS))
+        missing = [setting for setting in SETTINGS if setting not in {row["setting"] for row in rows}]
         tables.append(dict(epochs=epochs, rows=rows, exits=len(rows[0]["mean"]), missing=missing))
     return tables
+
+
+def over_seeds(runs: list[dict]) -> dict:
+    """Tables of runs that fine-tune one network, and what the runs have in common."""
+    settings = list(dict.fromkeys(run["setting"] for run in runs))
+    values = dict(
+        top1=lambda run: run["top1"],
+        together=lambda run: run["together"]["fitted"],
+        gain=lambda run: [a - b for a, b in zip(run["together"]["fitted"], run["top1"])],
+        disagreement=lambda run: run["disagreement"],
+        early_exit=lambda run: run["early_exit"]["alone"],
+        early_exit_together=lambda run: run["early_exit"]["fitted"],
+    )
+    tables = {name: compared(runs, value, settings) for name, value in values.items()}
+    return dict(tables=tables, recipe=runs[0]["recipe"], epochs=runs[0]["epochs"], flops=runs[0]["flops"])
+
+
+def compared(runs: list[dict], value: Callable[[dict], list[float]], settings: list[str]) -> list[dict]:
+    """Rows of a table: each setting's mean over seeds and its difference to joint training."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        found.setdefault(run["setting"], {})[run["seed"]] = value(run)
+    return [
+        dict(
+            setting=setting,
+            seeds=len(found[setting]),
+            mean=[statistics.mean(values) for values in zip(*found[setting].values())],
+            differences=[] if setting == "joint" else differences(found[setting], found["joint"]),
+        )
+        for setting in settings
+        if setting in found
+    ]
 
 
 def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]]) -> list[Difference]:
@@ -148,6 +177,9 @@ def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]])
     pairs = [[ours - theirs for ours, theirs in zip(of_seeds[seed], joint[seed])] for seed in of_seeds]
     found = []
     for values in zip(*pairs):
+        if len(values) == 1:
+            found.append(Difference(values[0], None, clear=False))
+            continue
         mean, spread = statistics.mean(values), statistics.stdev(values)
         found.append(Difference(mean, spread, abs(mean) > T_QUANTILE[len(values)] * spread / math.sqrt(len(values))))
     return found

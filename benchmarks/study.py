@@ -2,7 +2,7 @@
 
     python benchmarks/study.py --dataset uoft-cs/cifar100 --output benchmarks/results/study.jsonl
 
-Each run is one line of the output: accuracy of every exit on the last 5,000 training images, which are held out. With
+Each run is one line of the output: what outcome.py says of the last 5,000 training images, which are held out. With
 the same seed, all settings start from the same weights and train on the same batches. Runs that the output already
 contains are skipped, so the study can be interrupted, and several processes can divide the seeds or settings.
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from common import Trainer, augment, load, normaliser
+from outcome import outcome
 
 import timm_dfs
 from timm_dfs.base.objective import Objective
@@ -31,8 +32,11 @@ SETTINGS = {
     "joint, distilled": dict(beta="joint", distill_weight=0.3),
     "joint, backbone first": dict(beta="joint"),
     "one-sided 0.5, distilled": dict(beta=0.5, referencing="one_sided", distill_weight=0.3),
+    "joint, chained": dict(beta="joint", chain=0.5),
+    "one-sided 0.5, chained": dict(beta=0.5, referencing="one_sided", chain=0.5),
 }
-"""Model arguments of each setting. The weight of distillation is that of the official ResNet recipe."""
+"""Model arguments of each setting. The weight of distillation is that of the official ResNet recipe, the
+chain BoostNet's."""
 
 BACKBONE_FIRST = {"joint, backbone first"}
 """Settings that train the last exit alone for the first half, then all exits (Kubaty et al., ICML 2025)."""
@@ -111,7 +115,7 @@ def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> 
         setting=setting,
         seed=seed,
         epochs=epochs,
-        top1=[round(value, 2) for value in timm_dfs.anytime_accuracy(logits, targets).tolist()],
+        **outcome(logits, targets, timm_dfs.exit_flops(trainer.model, lazy=True)),
         recipe=RECIPE,
         machine=describe_machine(),
     )

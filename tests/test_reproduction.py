@@ -59,8 +59,23 @@ def root(tmp_path):
     speeds = {"joint": 100.0, "DFS 0.5": 125.0}
     case = dict(model="a", batch_size=1, memory_format="NCHW", dtype="float32", images_per_second=speeds)
     (tmp_path / "benchmarks/results/study.jsonl").write_text("\n".join(map(json.dumps, runs)))
+    of_seeds = [
+        dict(
+            fine_tuned_run(setting, seed, 40.0 + shift + change),
+            together=dict(mean=[0.0] * 4, fitted=[41.0 + shift + 2 * change] * 4),
+        )
+        for setting, change, seeds in (("joint", 0.0, 3), ("two-sided 0.5", -1.5, 3), ("joint, chained", 0.3, 1))
+        for seed, shift in enumerate((0.0, 0.4, -0.3)[:seeds])
+    ]
+    (tmp_path / "benchmarks/results/fine_tuned.jsonl").write_text("\n".join(map(json.dumps, of_seeds)))
     (tmp_path / "benchmarks/results/train_step.json").write_text(json.dumps(dict(machine="made up", measured=[case])))
     return tmp_path
+
+
+def fine_tuned_run(setting, seed, top1):
+    early_exit = {way: [top1 - 3, top1 - 2, top1 - 1] for way in ("alone", "mean", "fitted")}
+    of_all = dict(epochs=4, recipe="a.yaml", flops=[10e6, 20e6, 30e6, 40e6], disagreement=[30.0, 20.0, 10.0, 0.0])
+    return dict(of_all, setting=setting, seed=seed, top1=[top1] * 4, early_exit=early_exit)
 
 
 def edit(root, name, change):
@@ -155,6 +170,22 @@ def test_settings_of_the_study_that_were_not_run_are_named(root):
     made = text(root)
     missing = [setting for setting in study.SETTINGS if setting not in OUTCOMES]
     assert missing and made.count(f"- not run: {'; '.join(missing)}\n") == 2
+
+
+def test_settings_that_fine_tune_are_compared_with_joint_training_over_seeds(root):
+    section = text(root).partition("### Settings over seeds")[2].partition("## Early exit")[0]
+    alone, together, gain, *_ = section.split("| setting |")[1:]
+    assert cells(alone, "two-sided 0.5") == ["3"] + ["38.53 (**-1.50 ± 0.00**)"] * 4
+    assert "- two-sided 0.5: clearly behind at exits 0, 1, 2, 3\n" in alone
+    assert cells(together, "two-sided 0.5") == ["3"] + ["38.03 (**-3.00 ± 0.00**)"] * 4
+    assert cells(gain, "joint") == ["3"] + ["1.00"] * 4
+    assert cells(gain, "two-sided 0.5") == ["3"] + ["-0.50 (**-1.50 ± 0.00**)"] * 4
+
+
+def test_one_seed_has_no_spread_and_is_never_clear(root):
+    section = text(root).partition("### Settings over seeds")[2]
+    assert cells(section.split("| setting |")[1], "joint, chained") == ["1"] + ["40.30 (+0.30)"] * 4
+    assert "- joint, chained: no clear difference to joint training at any exit (one seed says" in section
 
 
 def test_seeds_are_compared_with_the_same_seeds(root):

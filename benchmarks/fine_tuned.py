@@ -1,0 +1,103 @@
+"""Comparison of settings over runs of train.py that fine-tune a pretrained network: one recipe, the same seeds for all.
+
+    recipe=recipes/dfs_tf_efficientnet_lite0_cifar100_64px.yaml
+    python train.py -c $recipe --pretrained --seed 42 --experiment joint_42 \\
+        --model-kwargs exits='["blocks.2","blocks.3","blocks.4"]' head=wide beta=joint
+    ...                                                     # beta=0.5, chain=0.5; other seeds
+    python benchmarks/fine_tuned.py output/train/* --recipe $recipe --output benchmarks/results/fine_tuned.jsonl
+
+Each run becomes one line: what its last weights (their moving average, if there is one) reach on its validation split,
+images that were not trained on. Runs that the output has already are skipped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+from outcome import outcome
+
+import timm_dfs
+from timm_dfs.data.datasets import dataset_loader
+from timm_dfs.evaluation.machine import describe_machine
+from timm_dfs.hub.from_checkpoint import trained_model
+from timm_dfs.training.run import read_run
+
+MAY_DIFFER = {"seed", "dataset", "pretrained_path", "initial_checkpoint"}
+"""Arguments in which a run may differ from the recipe: its seed, and where the same images and weights are stored."""
+
+SETTING = {"beta", "referencing", "chain", "teacher_size", "teacher_loss"}
+"""Keyword arguments of a network that are its setting."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="train.py's output folders")
+    parser.add_argument("--recipe", type=Path, required=True, help="the recipe of all runs")
+    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines, one for each run")
+    args = parser.parse_args()
+    recipe = yaml.safe_load(args.recipe.read_text())
+    known = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    for folder in args.runs:
+        arguments = yaml.safe_load((folder / "args.yaml").read_text())
+        check_recipe(folder, recipe, arguments)
+        what = dict(recipe=args.recipe.name, setting=setting(arguments), seed=arguments["seed"])
+        if any(what.items() <= line.items() for line in known):
+            continue
+        line = dict(what, **measured(folder, arguments), machine=describe_machine())
+        known.append(line)
+        with args.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{folder}: {line['setting']}, seed {line['seed']}: {line['top1']}", flush=True)
+
+
+def setting(arguments: dict) -> str:
+    """Name of what distinguishes a run from others of its recipe.
+
+    Example:
+        >>> setting({"model_kwargs": {"beta": 0.5, "chain": 0.5}})
+        'two-sided 0.5, chained'
+    """
+    kwargs = arguments["model_kwargs"]
+    beta, referencing = kwargs["beta"], kwargs.get("referencing", "two_sided").replace("_", "-")
+    parts = ["joint" if beta == "joint" else f"{referencing} {beta}"]
+    if kwargs.get("chain"):
+        parts.append("chained")
+    if arguments.get("kd_model_name"):
+        parts.append("taught")
+    return ", ".join(parts)
+
+
+def check_recipe(folder: Path, recipe: dict, arguments: dict) -> None:
+    """Raise ``ValueError`` if a run differs from its recipe in more than its setting."""
+
+    def without_setting(given: dict) -> dict:
+        kwargs = {key: value for key, value in given.get("model_kwargs", {}).items() if key not in SETTING}
+        return dict(given, model_kwargs=kwargs)
+
+    given, made = without_setting(recipe), without_setting(arguments)
+    differing = sorted(key for key in given.keys() - MAY_DIFFER if made[key] != given[key])
+    if differing:
+        raise ValueError(f"{folder} differs from the recipe in {', '.join(differing)}; it is not comparable.")
+
+
+def measured(folder: Path, arguments: dict) -> dict:
+    """Epochs of a finished run, and what its weights reach on its validation split.
+
+    Raises:
+        ValueError: If the run has not ended.
+    """
+    checkpoint = folder / "last.pth.tar"
+    run = read_run(checkpoint)
+    if run.epoch + 1 != arguments["epochs"]:
+        raise ValueError(f"{folder} stopped after {run.epoch + 1} of {arguments['epochs']} epochs; train on first.")
+    model = trained_model(run, checkpoint)
+    keys = arguments["input_key"], arguments["target_key"]
+    data = arguments["dataset"], arguments["data_dir"], arguments["val_split"]
+    loader = dataset_loader(model, *data, *keys, batch_size=250, workers=0)
+    logits, targets = timm_dfs.collect_logits(model, loader)
+    return dict(epochs=run.epoch + 1, **outcome(logits, targets, timm_dfs.exit_flops(model, lazy=True)))
+
+
+if __name__ == "__main__":
+    main()

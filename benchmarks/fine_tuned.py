@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+import timm
 import yaml
 from outcome import outcome
 
@@ -52,19 +53,21 @@ def main() -> None:
 
 
 def setting(arguments: dict) -> str:
-    """Name of what distinguishes a run from others of its recipe.
+    """Name of all that distinguishes a run from others of its recipe; two settings never have one name.
 
     Example:
-        >>> setting({"model_kwargs": {"beta": 0.5, "chain": 0.5}})
-        'two-sided 0.5, chained'
+        >>> setting({"model": "dfs_vgg7_cifar100", "model_kwargs": {"beta": 0.5, "chain": 0.5}})
+        'two-sided 0.5, chained 0.5'
     """
     kwargs = arguments["model_kwargs"]
-    beta, referencing = kwargs["beta"], kwargs.get("referencing", "two_sided").replace("_", "-")
-    parts = ["joint" if beta == "joint" else f"{referencing} {beta}"]
+    default = timm.create_model(arguments["model"], **kwargs).referencing  # architectures have different ones
+    referencing = kwargs.get("referencing", default).replace("_", "-")
+    parts = ["joint" if kwargs["beta"] == "joint" else f"{referencing} {kwargs['beta']}"]
     if kwargs.get("chain"):
-        parts.append("chained")
-    if arguments.get("kd_model_name"):
-        parts.append("taught")
+        parts.append(f"chained {kwargs['chain']}")
+    if teacher := arguments.get("kd_model_name"):
+        parts.append(f"taught by {teacher}")
+        parts += [f"{key} {kwargs[key]}" for key in ("teacher_size", "teacher_loss") if key in kwargs]
     return ", ".join(parts)
 
 

@@ -141,7 +141,13 @@ def study(runs: list[dict]) -> list[dict]:
 
 
 def over_seeds(runs: list[dict]) -> dict:
-    """Tables of runs that fine-tune one network, and what the runs have in common."""
+    """Tables of runs that fine-tune one network, and what the runs have in common.
+
+    Raises:
+        ValueError: If the runs were made with different recipes.
+    """
+    if len(recipes := {run["recipe"] for run in runs}) > 1:
+        raise ValueError(f"The runs were made with the recipes {', '.join(sorted(recipes))}, and are not comparable.")
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     values = dict(
         top1=lambda run: run["top1"],

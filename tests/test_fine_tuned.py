@@ -55,12 +55,16 @@ def test_early_exit_within_the_cost_of_one_exit_is_that_exit():
         "joint": dict(model_kwargs=dict(beta="joint")),
         "two-sided 0.5": dict(model_kwargs=dict(beta=0.5)),
         "one-sided 0.9": dict(model_kwargs=dict(beta=0.9, referencing="one_sided")),
-        "joint, chained": dict(model_kwargs=dict(beta="joint", chain=0.5)),
-        "joint, taught": dict(model_kwargs=dict(beta="joint", teacher_size=96), kd_model_name="a"),
+        "joint, chained 0.5": dict(model_kwargs=dict(beta="joint", chain=0.5)),
+        "joint, chained 0.3": dict(model_kwargs=dict(beta="joint", chain=0.3)),
+        "one-sided 0.5": dict(model="dfs_msdnet_cifar100", model_kwargs=dict(beta=0.5)),  # its default
+        "joint, taught by a, teacher_size 96": dict(
+            model_kwargs=dict(beta="joint", teacher_size=96), kd_model_name="a"
+        ),
     }.items(),
 )
 def test_a_setting_is_named_by_what_distinguishes_it(name, arguments):
-    assert fine_tuned.setting(arguments) == name
+    assert fine_tuned.setting(dict(model="dfs_vgg7_cifar100") | arguments) == name
 
 
 RECIPE = dict(lr=0.1, epochs=4, seed=42, model_kwargs=dict(head="wide", beta=0.5))

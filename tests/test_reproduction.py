@@ -182,6 +182,12 @@ def test_settings_that_fine_tune_are_compared_with_joint_training_over_seeds(roo
     assert cells(gain, "two-sided 0.5") == ["3"] + ["-0.50 (**-1.50 ± 0.00**)"] * 4
 
 
+def test_fine_tuning_runs_of_two_recipes_are_not_compared():
+    runs = [fine_tuned_run("joint", 0, 40.0), dict(fine_tuned_run("joint", 1, 40.0), recipe="b.yaml")]
+    with pytest.raises(ValueError, match=r"a\.yaml, b\.yaml"):
+        reproduction.over_seeds(runs)
+
+
 def test_one_seed_has_no_spread_and_is_never_clear(root):
     section = text(root).partition("### Settings over seeds")[2]
     assert cells(section.split("| setting |")[1], "joint, chained") == ["1"] + ["40.30 (+0.30)"] * 4

@@ -16,6 +16,7 @@ import time
 import timm
 import torch
 import torch._inductor.config as inductor
+from pages import DEPLOYMENT, put
 
 import timm_dfs
 from timm_dfs.evaluation.machine import describe_machine
@@ -33,6 +34,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
+    parser.add_argument("--write", action="store_true", help=f"also put the figures into docs/{DEPLOYMENT.name}")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = timm.create_model(args.model, pretrained=not args.no_pretrained).eval().requires_grad_(False)
@@ -50,8 +52,10 @@ def main():
         export_onnx(model, f"{folder}/last", layout="last")
         session = open_session(f"{folder}/last/model.onnx", args.threads, {"session.force_spinning_stop": "1"})
     ways[ONNX] = lambda x: session.run(None, {"images": x.numpy()})
-    print(f"{args.model}, {'×'.join(map(str, size))}; {describe_machine()}")
-    print("| way | batch | ms | speed, ONNX Runtime = 1 |\n|---|---|---|---|")
+    lines = [
+        f"`{args.model}`, {'×'.join(map(str, size))}; {describe_machine()}; medians of {args.rounds} rounds.\n",
+        "| way | batch | ms | speed, ONNX Runtime = 1 |\n|---|---|---|---|",
+    ]
     with torch.inference_mode():
         for batch, x in images.items():
             took = {name: [] for name in ways}
@@ -62,7 +66,10 @@ def main():
                     took[name].append(1e3 * (time.perf_counter() - before))
             middle = {name: statistics.median(times) for name, times in took.items()}
             for name, milliseconds in middle.items():
-                print(f"| {name} | {batch} | {milliseconds:.1f} | {middle[ONNX] / milliseconds:.2f} |")
+                lines.append(f"| {name} | {batch} | {milliseconds:.1f} | {middle[ONNX] / milliseconds:.2f} |")
+    print(*lines, sep="\n")
+    if args.write:
+        put(DEPLOYMENT, f"compiled.py {args.model}", lines)
 
 
 def compiled(model, images, cpp_wrapper):

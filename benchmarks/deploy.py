@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime
 import timm
 import torch
+from pages import DEPLOYMENT, put
 
 import timm_dfs
 from timm_dfs.data.datasets import dataset_loader
@@ -54,6 +55,7 @@ def arguments():
     parser.add_argument("--int8", action="store_true", help="quantized networks, too; needs a data set")
     parser.add_argument("--calibration-split", default="train[45000:]", help="images for int8")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
+    parser.add_argument("--write", action="store_true", help=f"also put the figures into docs/{DEPLOYMENT.name}")
     return parser.parse_args()
 
 
@@ -80,16 +82,31 @@ def main():
         ways[f"{LAST}, int8"] = exported(model, args, None, calibration), None
         for name, policy in policies.items():  # each has its own thresholds inside, fitted to the quantized network
             ways[f"{name}, int8"] = exported(model, args, policy, calibration, name), None
-    print(f"{args.model}, {'×'.join(map(str, images.shape[1:]))}, images: {args.dataset or 'noise'}")
-    print(
-        f"{processor()}; onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, timm {timm.__version__}. "
-        "Ratios to the last exit alone in ONNX Runtime, float32, medians of interleaved rounds."
-    )
-    print("| way | threads | batch | ratio of multiply-adds | ratio of speed | share | rounds |")
-    print("|---|---|---|---|---|---|---|")
+    images_of = "noise" if args.dataset is None else f"{args.dataset.rpartition('/')[2]}, {args.split}"
+    lines = [
+        f"`{args.model}`, {'×'.join(map(str, images.shape[1:]))}, images of {images_of}; {processor()}; "
+        f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, timm {timm.__version__}.\n"
+    ]
+    measured = {}
     for threads in args.threads:
         for batch_size in args.batch_sizes:
-            measure(ways, images.numpy(), threads, batch_size, args.seconds)
+            measured[threads, batch_size] = measure(ways, images.numpy(), threads, batch_size, args.seconds)
+            print(f"{threads} threads, batch {batch_size}: {measured[threads, batch_size]}", flush=True)
+    lines += table(measured)
+    print(*lines, sep="\n")
+    if args.write:
+        put(DEPLOYMENT, f"deploy.py {args.model}{', int8' if args.int8 else ''}", lines)
+
+
+def table(measured):
+    """Lines of a table: a row for each way, a column for each number of threads and batch size."""
+    heads = [f"{threads} thread{'s' * (threads > 1)}, batch {size}" for threads, size in measured]
+    lines = [f"| way | multiply-adds | {' | '.join(heads)} |", f"|{'---|' * (2 + len(heads))}"]
+    for way in next(iter(measured.values())):
+        cells = [found[way] for found in measured.values()]
+        speeds = [f"{speed:.2f} ({speed / ratio:.2f})" for ratio, speed in cells]
+        lines.append(f"| {way} | {cells[0][0]:.2f} | {' | '.join(speeds)} |")
+    return lines
 
 
 def together(policy, logits):
@@ -125,6 +142,7 @@ def exported(model, args, policy, calibration, name=""):
 
 
 def measure(ways, images, threads, batch_size, seconds):
+    """Ratio of multiply-adds and ratio of speed of each way but the last exit alone, relative to that."""
     sessions = {name: open_session(file, threads) for name, (file, _) in ways.items()}
     facts = {name: session.get_modelmeta().custom_metadata_map for name, session in sessions.items()}
     batches = [images[i : i + batch_size] for i in range(0, len(images) - batch_size + 1, batch_size)]
@@ -150,13 +168,8 @@ def measure(ways, images, threads, batch_size, seconds):
             before = time.perf_counter()
             run(name)
             times.append(time.perf_counter() - before)
-    for name in ways:
-        if name == LAST:
-            continue
-        speedup = statistics.median(a / b for a, b in zip(took[LAST], took[name], strict=True))
-        ratio = ratios[name]
-        row = (name, threads, batch_size, f"{ratio:.2f}", f"{speedup:.2f}", f"{speedup / ratio:.2f}", len(took[LAST]))
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
+    speeds = {name: statistics.median(a / b for a, b in zip(took[LAST], took[name], strict=True)) for name in ways}
+    return {name: (ratios[name], speeds[name]) for name in ways if name != LAST}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import datasets
 import onnxruntime
 import ray
 import timm
+from pages import DEPLOYMENT, put
 from ray import serve
 
 from timm_dfs.evaluation.machine import processor
@@ -34,8 +35,6 @@ from serve_ray import application, start  # noqa: E402
 EARLY, LAST = "early", "last"
 LOAD, MEASURED = ("largest batch", "wait, ms", "clients"), ("mean batch", "images/s", "p50, ms", "p95, ms")
 COLUMNS = (*LOAD, "exit", *MEASURED, "ratio of speed")
-PAGE = ROOT / "docs" / "deployment.md"
-BEGIN, END = "<!-- benchmarks/serving.py: begin -->\n", "<!-- benchmarks/serving.py: end -->"
 
 
 def arguments():
@@ -52,7 +51,7 @@ def arguments():
     parser.add_argument("--requests", type=int, default=512, help="in each round, after as many clients' first ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--write", action="store_true", help=f"also put the figures into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"also put the figures into docs/{DEPLOYMENT.name}")
     return parser.parse_args()
 
 
@@ -88,16 +87,7 @@ def main():
     lines.append(f"\nThe ratio of multiply-adds is {ratio:.2f}.")
     print(lines[-1])
     if args.write:
-        PAGE.write_text(written(PAGE.read_text(), lines))
-
-
-def written(page, lines):
-    """A page with the lines in place of what is between its marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{PAGE.name} lacks the lines {BEGIN!r} and {END!r}; put them where the figures belong.")
-    return "\n".join([before + begin, *lines, "", end + after])
+        put(DEPLOYMENT, "serving.py", lines)
 
 
 def exported(args, policy):

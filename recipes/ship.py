@@ -10,8 +10,8 @@ hardware, the number of training images and the commit. The hardware is this mac
     python recipes/ship.py output/train/JOINT_RUN --recipe recipes/dfs_msdnet_cifar100_gpu.yaml --tag joint
 
 ``--base`` names the file of ``recipes/base_weights.py`` that training started from: its source, checksum and licence
-come onto the card, the licence's text into the folder. ``--first-recipe`` names the recipe of the run that the run's
-``initial_checkpoint`` is from; that run must have followed it.
+come onto the card, the licence's text into the folder. ``--earlier-recipes`` names the recipes of the runs that this
+one went on from, each through its ``initial_checkpoint``, in the order of training; the runs must have followed them.
 
 A run of ``benchmarks/gpu/run.py`` is shipped likewise, with a recipe of ``benchmarks/gpu/recipes``. Where all training
 images were trained on, half of the test split fits the thresholds and the other half is measured:
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="train.py's output folder: args.yaml, last.pth.tar")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe the run was made with")
     parser.add_argument("--tag", help="pretrained tag of a run with other --model-kwargs than the recipe's")
-    parser.add_argument("--first-recipe", type=Path, help="the recipe of the run that this one went on from")
+    parser.add_argument(
+        "--earlier-recipes", type=Path, nargs="*", default=[], help="recipes of the runs that this one went on from"
+    )
     parser.add_argument("--base", type=Path, help="weights that training started from, by recipes/base_weights.py")
     parser.add_argument(
         "--img-size", type=int, help="height and width to measure at and ship, if not those of training"
@@ -101,8 +103,8 @@ def main() -> None:
         training["script"] = (GPU / "run.py").relative_to(GPU.parent.parent).as_posix()
     if changed:
         training["other_than_recipe"] = changed
-    if args.first_recipe is not None:
-        training["first_phase"] = first_phase(parser, args.first_recipe, run)
+    if args.earlier_recipes:
+        training["earlier_phases"] = earlier_phases(parser, args.earlier_recipes, run)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)
     if args.base is not None:
@@ -126,16 +128,20 @@ def differences(recipe: dict, run: dict) -> dict:
     return {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA}
 
 
-def first_phase(parser: argparse.ArgumentParser, file: Path, run: dict) -> dict:
-    """Recipe and epochs of the run whose checkpoint this one started from; an error unless it followed the recipe."""
-    first = yaml.safe_load(Path(run["initial_checkpoint"]).with_name("args.yaml").read_text())
-    recipe = yaml.safe_load(file.read_text())
-    differing = differences(recipe, first).keys() - {"model_kwargs"} - PRECISION
-    if differing or first["model_kwargs"] != run["model_kwargs"]:
-        parser.error(
-            f"the first run differs from {file.name} or this run in {', '.join(sorted(differing)) or 'kwargs'}"
-        )
-    return dict(recipe=file.name, epochs=first["epochs"], input_size=first["input_size"])
+def earlier_phases(parser: argparse.ArgumentParser, recipes: list[Path], run: dict) -> list[dict]:
+    """Recipe and epochs of the runs that led to this one, in order; an error unless they followed the recipes."""
+    phases, settings = [], run["model_kwargs"]
+    for file in reversed(recipes):
+        if not run["initial_checkpoint"]:
+            parser.error(f"the run of {file.name} is not there: the one after it has no initial_checkpoint")
+        run = yaml.safe_load(Path(run["initial_checkpoint"]).with_name("args.yaml").read_text())
+        differing = differences(yaml.safe_load(file.read_text()), run).keys() - {"model_kwargs"} - PRECISION
+        if differing or run["model_kwargs"] != settings:
+            parser.error(
+                f"the earlier run differs from {file.name} or this run in {', '.join(sorted(differing)) or 'kwargs'}"
+            )
+        phases.insert(0, dict(recipe=file.name, epochs=run["epochs"], input_size=run["input_size"]))
+    return phases
 
 
 if __name__ == "__main__":

@@ -182,10 +182,16 @@ def test_settings_that_fine_tune_are_compared_with_joint_training_over_seeds(roo
     assert cells(gain, "two-sided 0.5") == ["3"] + ["-0.50 (**-1.50 ± 0.00**)"] * 4
 
 
-def test_fine_tuning_runs_of_two_recipes_are_not_compared():
-    runs = [fine_tuned_run("joint", 0, 40.0), dict(fine_tuned_run("joint", 1, 40.0), recipe="b.yaml")]
-    with pytest.raises(ValueError, match=r"a\.yaml, b\.yaml"):
-        reproduction.over_seeds(runs)
+def test_fine_tuning_runs_of_two_recipes_are_compared_apart(root):
+    file = root / "benchmarks/results/fine_tuned.jsonl"
+    of_b = dict(recipe="b.yaml", together=dict(mean=[0.0] * 4, fitted=[62.0] * 4))
+    others = [dict(fine_tuned_run(setting, 0, top1), **of_b) for setting, top1 in (("joint", 60.0), ("late", 61.0))]
+    file.write_text("\n".join([file.read_text(), *map(json.dumps, others)]))
+    section = text(root).partition("### Settings over seeds")[2].partition("## Early exit")[0]
+    first, second = section.split("\n#### ")[1:]
+    assert first.startswith("a.yaml, 4 epochs") and second.startswith("b.yaml, 4 epochs")
+    assert cells(second.split("| setting |")[1], "late") == ["1"] + ["61.00 (+1.00)"] * 4
+    assert "late" not in first and "two-sided 0.5" not in second
 
 
 def test_one_seed_has_no_spread_and_is_never_clear(root):
@@ -255,7 +261,7 @@ def test_the_fine_tuned_networks_differ_in_the_partition_alone():
         json.loads((ROOT / "hub" / name / "results.json").read_text())["training"]
         for name in (reproduction.FINE_TUNED_DFS, reproduction.FINE_TUNED_JOINT)
     )
-    same = ("recipe", "first_phase", "epochs", "seed", "samples", "batch_size", "settings", "splits", "objective")
+    same = ("recipe", "earlier_phases", "epochs", "seed", "samples", "batch_size", "settings", "splits", "objective")
     assert {key: dfs[key] for key in same} == {key: joint[key] for key in same}
     args = [
         json.loads((ROOT / "hub" / name / "config.json").read_text())["model_args"]

@@ -315,22 +315,42 @@ def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, caps
     assert "does not say where it is from" in capsys.readouterr().err
 
 
-def test_the_first_of_two_phases_is_on_the_card_if_it_followed_its_recipe(ship, tmp_path, capsys):
-    first, recipe = tmp_path / "first", tmp_path / "first.yaml"
-    first.mkdir()
-    recipe.write_text(yaml.safe_dump(dict(epochs=4, lr=0.5, input_size=[3, 16, 16])))
-    checkpoint = str(first / "last.pth.tar")
+def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recipes(ship, tmp_path, capsys):
+    phases = {"first": dict(epochs=4, lr=0.5, input_size=[3, 16, 16]), "second": dict(epochs=2, input_size=[3, 24, 24])}
+    for name, recipe in phases.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
 
-    def trained(**arguments):
-        (first / "args.yaml").write_text(yaml.safe_dump(dict(model_kwargs={}, input_size=[3, 16, 16], **arguments)))
-        return ship("--first-recipe", str(recipe), initial_checkpoint=checkpoint)
+    def trained(**of_first):
+        before = ""
+        for name, recipe in phases.items():
+            arguments = dict(recipe, model_kwargs={}, initial_checkpoint=before)
+            if name == "first":
+                arguments.update(of_first)
+            (tmp_path / name / "args.yaml").write_text(yaml.safe_dump(arguments))
+            before = str(tmp_path / name / "last.pth.tar")
+        recipes = [str(tmp_path / f"{name}.yaml") for name in phases]
+        return ship("--earlier-recipes", *recipes, initial_checkpoint=before)
 
-    folder, results = trained(epochs=4, lr=0.5)
-    assert results["training"]["first_phase"] == dict(recipe="first.yaml", epochs=4, input_size=[3, 16, 16])
-    assert "- first phase: 4 epochs at 16 px, recipe `first.yaml`\n" in (folder / "README.md").read_text()
+    folder, results = trained()
+    assert results["training"]["earlier_phases"] == [
+        dict(recipe="first.yaml", epochs=4, input_size=[3, 16, 16]),
+        dict(recipe="second.yaml", epochs=2, input_size=[3, 24, 24]),
+    ]
+    assert (
+        "- before, phase 1: 4 epochs at 16 px, recipe `first.yaml`\n"
+        "- before, phase 2: 2 epochs at 24 px, recipe `second.yaml`\n"
+    ) in (folder / "README.md").read_text()
+    for wrong, complaint in (
+        (dict(lr=0.1), "differs from first.yaml or this run in lr"),
+        (dict(model_kwargs=dict(beta=0.25)), "differs from first.yaml or this run in kwargs"),
+    ):
+        with pytest.raises(SystemExit):
+            trained(**wrong)
+        assert complaint in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        trained(epochs=4, lr=0.1)
-    assert "differs from first.yaml or this run in lr" in capsys.readouterr().err
+        ship("--earlier-recipes", str(tmp_path / "first.yaml"), initial_checkpoint="")
+    assert "the run of first.yaml is not there" in capsys.readouterr().err
 
 
 def test_a_network_can_be_shipped_at_another_size_than_it_was_trained_at(ship):

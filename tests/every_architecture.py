@@ -92,7 +92,17 @@ def _statements(source):
     for node in ast.walk(tree):
         if hasattr(node, "body") and isinstance(node.body, list):
             node.body = [part for part in node.body if not _has_no_effect(part)]
-    return ast.dump(tree)
+    return _dump(tree)
+
+
+def _dump(node):
+    """The tree as text: unlike ``ast.dump``'s, the same for every Python that supports the code."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    given = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({','.join(f'{name}={_dump(value)}' for name, value in given)})"
 
 
 def _has_no_effect(node):

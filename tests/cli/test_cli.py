@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import timm_dfs
 from timm_dfs.cli import app
 from timm_dfs.cli.bench import HALF
-from timm_dfs.evaluation.bench import Timing
+from timm_dfs.evaluation.bench import LAST_EXIT, Timing
 from timm_dfs.models.dfs_twins import BASES
 
 datasets.disable_progress_bars()  # shown on stderr when a data set is first read, by whichever test comes first
@@ -467,6 +467,14 @@ def test_bench_compares_onnx_runtime_and_takes_the_fastest_last_exit_alone_as_ba
         assert timings["half the cost"]["cost_ratio"] == timings["half the cost, ONNX"]["cost_ratio"]
         assert timings["last exit alone"]["cost_ratio"] == timings["last exit alone, ONNX"]["cost_ratio"] == 1
     assert "onnxruntime 1." in data["machine"]
+
+
+def test_bench_does_not_call_another_way_to_run_the_last_exit_alone_slow(monkeypatch):
+    pytest.importorskip("onnxruntime", reason="the extra deploy is not installed")
+    made_up = [Timing(LAST_EXIT, 1, 9.0, 1.0, None, None, 1.0, 1.0, 1.0, 30)]
+    made_up.append(Timing(f"{LAST_EXIT}, ONNX", 1, 9.0, 1.0, None, None, 0.9, 1.0, 0.9, 30))
+    monkeypatch.setattr("timm_dfs.cli.bench.measure", lambda *args, **kwargs: made_up)
+    assert "Slower" not in run("bench", "dfs_vgg7_cifar100", *QUICK, "--runtime", "onnx").stdout
 
 
 def test_bench_refuses_a_runtime_that_it_does_not_know():

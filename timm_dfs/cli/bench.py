@@ -116,7 +116,7 @@ def bench(
     console.print(f"{found['machine']}; {'×'.join(map(str, found['input_size']))} images: {found['images']}")
     for fault, faulty in (("Slower", _slower), ("A longer p95", _longer_tail)):
         alone = {t.baseline for t in timings}
-        early = {*policies, *further} - alone
+        early = {*policies, *(name for name, way in further.items() if not way.is_whole)}
         affected = [f"{t.way} at batch {t.batch_size}" for t in faulty(timings) if t.way in early]
         if affected:
             console.print(f"[bold]{fault} than the {' or the '.join(sorted(alone))}[/]: {', '.join(affected)}.")

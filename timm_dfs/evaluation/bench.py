@@ -21,7 +21,7 @@ LAST_EXIT = "last exit alone"
 
 
 SETTLE = 0.02
-"""Seconds after which the threads of another runtime have stopped spinning."""
+"""Seconds after which the threads of another runtime or session have stopped spinning."""
 
 
 @dataclass(frozen=True)

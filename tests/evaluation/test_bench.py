@@ -94,8 +94,8 @@ def test_ways_of_another_runtime_are_timed_on_their_images_and_the_fastest_whole
     seen = []
     cost = torch.full((8,), 1.0)
     further = {
-        "elsewhere": Way(seen.append, torch.arange(8), cost, is_whole=True, runtime="other"),
-        "early elsewhere": Way(seen.append, torch.arange(8), cost / 4, runtime="other"),
+        "elsewhere": Way(seen.append, torch.arange(8), cost, is_whole=True, pool="other"),
+        "early elsewhere": Way(seen.append, torch.arange(8), cost / 4, pool="other"),
     }
     let_pass(monkeypatch, *[[4.0, 1.0, 1.0, 2.0, 1.0]] * 2)
     timings = measure(model, images(8, size=16), {}, (4,), seconds=0, least_rounds=2, further=further)

@@ -21,7 +21,7 @@ LAST_EXIT = "last exit alone"
 
 
 SETTLE = 0.02
-"""Seconds after which the threads of another runtime or session have stopped spinning."""
+"""Seconds after which the threads of another pool have stopped spinning."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Way:
         images: (N, C, H, W), prepared as ``run`` takes them.
         costs: Multiply-adds of each image (N,).
         is_whole: Whether all images take the network's last exit alone, so that early exit is compared with it.
-        runtime: What runs it. Threads of another runtime may spin for a while after it has run.
+        pool: Name of the threads that run it. Those of another pool may spin for a while after theirs has run.
     """
 
     run: Callable[[torch.Tensor], object]
     images: torch.Tensor
     costs: torch.Tensor
     is_whole: bool = False
-    runtime: str = "PyTorch"
+    pool: str = "PyTorch"
 
 
 def measure(
@@ -151,14 +151,14 @@ def _interleaved(
     for name, way in ways.items():
         way.run(batches[name][0])
     start, rounds = time.perf_counter(), 0
-    last_runtime = None
+    last_pool = None
     while rounds < least_rounds or time.perf_counter() - start < seconds:
         for name, way in ways.items():
             batch = batches[name][rounds % len(batches[name])]
-            if last_runtime not in (None, way.runtime):
+            if last_pool not in (None, way.pool):
                 time.sleep(SETTLE)
                 way.run(batch)  # not timed
-            last_runtime = way.runtime
+            last_pool = way.pool
             wait(device)
             before = time.perf_counter()
             way.run(batch)

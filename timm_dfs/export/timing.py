@@ -43,8 +43,8 @@ def onnx_ways(
     given = images.contiguous()
     whole = torch.full((len(images),), float(last_exit_flops(counted, tuple(images.shape[1:]))), dtype=torch.float64)
     export_onnx(model, folder / "last", layout="last", images=images[:8])
-    session = _session(folder / "last")
-    ways = {f"{LAST_EXIT}, ONNX": Way(_runner(session), given, whole, is_whole=True, runtime=RUNTIME)}
+    last = f"{RUNTIME}, last exit"
+    ways = {f"{LAST_EXIT}, ONNX": Way(_runner(_session(folder / "last")), given, whole, is_whole=True, pool=last)}
     sessions: dict[str, Any] = {}
     for name, policy in policies.items():
         if len(policy.answering) == 1:
@@ -59,7 +59,7 @@ def onnx_ways(
             _runner(sessions[graph], thresholds=thresholds),
             given,
             policy_costs(counted, images, policy),
-            runtime=RUNTIME,
+            pool=f"{RUNTIME}, {graph}",
         )
     return ways
 
@@ -70,8 +70,7 @@ def graph_of(policy: ExitPolicy) -> str:
 
 
 def _session(folder: Path) -> Any:
-    # Without spinning, its threads leave the processor to PyTorch's as soon as a batch is done.
-    return open_session(folder / MODEL_FILE, torch.get_num_threads(), {"session.force_spinning_stop": "1"})
+    return open_session(folder / MODEL_FILE, torch.get_num_threads())
 
 
 def _runner(session: Any, **constant: np.ndarray) -> Callable[[torch.Tensor], object]:

@@ -12,6 +12,7 @@ hardware, the number of training images and the commit. The hardware is this mac
 ``--base`` names the file of ``recipes/base_weights.py`` that training started from: its source, checksum and licence
 come onto the card, the licence's text into the folder. ``--earlier-recipes`` names the recipes of the runs that this
 one went on from, each through its ``initial_checkpoint``, in the order of training; the runs must have followed them.
+Where the first started from the weights in a folder of hub/, what that says of their training and base comes first.
 
 A run of ``benchmarks/gpu/run.py`` is shipped likewise, with a recipe of ``benchmarks/gpu/recipes``. Where all training
 images were trained on, half of the test split fits the thresholds and the other half is measured:
@@ -21,6 +22,7 @@ images were trained on, half of the test split fits the thresholds and the other
 """
 
 import argparse
+import json
 import subprocess
 from pathlib import Path
 
@@ -103,13 +105,22 @@ def main() -> None:
         training["script"] = (GPU / "run.py").relative_to(GPU.parent.parent).as_posix()
     if changed:
         training["other_than_recipe"] = changed
-    if args.earlier_recipes:
-        training["earlier_phases"] = earlier_phases(parser, args.earlier_recipes, run)
+    phases, first = earlier_phases(parser, args.earlier_recipes, run)
+    shipped = None
+    if start := first.get("initial_checkpoint"):
+        shipped = shipped_results(parser, Path(start), training["objective"])
+        phases = [*phases_of(Path(start), shipped), *phases]
+    if phases:
+        training["earlier_phases"] = phases
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     facts = dict(dataset=recipe["dataset"].removeprefix("hfds/"), training=training, shipped_from_commit=commit)
+    licence = None
     if args.base is not None:
         licence = base.pop("license_text")
         facts["base_weights"] = base
+    elif shipped is not None and "base_weights" in shipped:
+        licence = Path(start).with_name(BASE_LICENSE_FILE).read_text()
+        facts["base_weights"] = shipped["base_weights"]
     model = export.trained_model(of_checkpoint, checkpoint)
     if not model.pretrained_cfg.get("label_names") and facts["dataset"] == "uoft-cs/cifar100":
         model.pretrained_cfg["label_names"] = LABEL_NAMES  # a copy of its files without the Hub's card has no names
@@ -119,7 +130,7 @@ def main() -> None:
     export.export(
         model, folder, collect, args.held_out or run["val_split"], args.test, facts, args.tag, budgets=args.budgets
     )
-    if args.base is not None:
+    if licence is not None:
         (folder / BASE_LICENSE_FILE).write_text(licence)
 
 
@@ -128,8 +139,11 @@ def differences(recipe: dict, run: dict) -> dict:
     return {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA}
 
 
-def earlier_phases(parser: argparse.ArgumentParser, recipes: list[Path], run: dict) -> list[dict]:
-    """Recipe and epochs of the runs that led to this one, in order; an error unless they followed the recipes."""
+def earlier_phases(parser: argparse.ArgumentParser, recipes: list[Path], run: dict) -> tuple[list[dict], dict]:
+    """Recipe and epochs of the runs that led to this one, in order, and the arguments of the first of all.
+
+    An error unless they followed the recipes.
+    """
     phases, settings = [], run["model_kwargs"]
     for file in reversed(recipes):
         if not run["initial_checkpoint"]:
@@ -141,7 +155,25 @@ def earlier_phases(parser: argparse.ArgumentParser, recipes: list[Path], run: di
                 f"the earlier run differs from {file.name} or this run in {', '.join(sorted(differing)) or 'kwargs'}"
             )
         phases.insert(0, dict(recipe=file.name, epochs=run["epochs"], input_size=run["input_size"]))
-    return phases
+    return phases, run
+
+
+def shipped_results(parser: argparse.ArgumentParser, start: Path, objective: dict) -> dict:
+    """Results in the shipped folder that a run started from; an error if it is none, or trained for something else."""
+    if not (file := start.with_name("results.json")).exists():
+        parser.error(f"training started from {start}; name the recipe of that run in --earlier-recipes")
+    results = json.loads(file.read_text())
+    if results["training"]["objective"] != objective:
+        parser.error(f"the weights {start} were trained for {results['training']['objective']}, this run {objective}")
+    return results
+
+
+def phases_of(start: Path, results: dict) -> list[dict]:
+    """The phases of training that shipped weights went through."""
+    training = results["training"]
+    input_size = json.loads(start.with_name("config.json").read_text())["pretrained_cfg"]["input_size"]
+    own = dict(recipe=training["recipe"], epochs=training["epochs"], input_size=input_size)
+    return [*training.get("earlier_phases", []), own]
 
 
 if __name__ == "__main__":

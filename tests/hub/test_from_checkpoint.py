@@ -353,6 +353,27 @@ def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recip
     assert "the run of first.yaml is not there" in capsys.readouterr().err
 
 
+def test_a_run_from_shipped_weights_has_their_phases_and_their_base_on_its_card(ship, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ship(initial_checkpoint="a/run/last.pth.tar")
+    assert "name the recipe of that run in --earlier-recipes" in capsys.readouterr().err
+    about = dict(architecture="tf_vgg", source="a wheel", trained_on="ImageNet-1k", sha256="0f", license="MIT")
+    save_file({"weight": torch.zeros(1)}, base := tmp_path / "base.safetensors", {**about, "license_text": "do"})
+    folder, before = ship("--base", str(base))
+    shutil.move(folder, tmp_path / "shipped")
+    start = tmp_path / "shipped" / "model.safetensors"
+    folder, results = ship("--tag", "longer", initial_checkpoint=str(start))
+    assert results["training"]["earlier_phases"] == [dict(recipe="mine.yaml", epochs=3, input_size=[3, 32, 32])]
+    assert results["base_weights"] == about == before["base_weights"]
+    assert (folder / "LICENSE.base").read_text() == "do"
+    shutil.rmtree(folder)
+    before["training"]["objective"] = dict(beta=0.75)
+    (tmp_path / "shipped" / "results.json").write_text(json.dumps(before))
+    with pytest.raises(SystemExit):
+        ship(initial_checkpoint=str(start))
+    assert "were trained for {'beta': 0.75}, this run" in capsys.readouterr().err
+
+
 def test_a_network_can_be_shipped_at_another_size_than_it_was_trained_at(ship):
     folder, results = ship("--img-size", "48")
     model = check_folder(folder)

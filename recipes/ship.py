@@ -35,7 +35,7 @@ from timm_dfs.data.cifar100 import LABEL_NAMES
 from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.machine import processor, threads
 from timm_dfs.hub import from_checkpoint as export
-from timm_dfs.hub.folder import BASE_LICENSE_FILE
+from timm_dfs.hub.folder import BASE_LICENSE_FILE, load
 from timm_dfs.training.run import read_run
 
 HUB = Path(__file__).resolve().parent.parent / "hub"
@@ -101,15 +101,25 @@ def main() -> None:
         samples=len(datasets.load_dataset(dataset.removeprefix("hfds/"), split=run["train_split"])),
         hardware=hardware,
     )
+    if run.get("input_size"):
+        training["input_size"] = run["input_size"]
     if args.recipe.resolve().is_relative_to(GPU):
         training["script"] = (GPU / "run.py").relative_to(GPU.parent.parent).as_posix()
     if changed:
         training["other_than_recipe"] = changed
     phases, first = earlier_phases(parser, args.earlier_recipes, run)
+    model = export.trained_model(of_checkpoint, checkpoint)
+    folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])
     shipped = None
     if start := first.get("initial_checkpoint"):
-        shipped = shipped_results(parser, Path(start), training["objective"])
+        shipped = shipped_results(parser, Path(start), training["objective"], model)
+        if Path(start).resolve().parent == folder.resolve():
+            parser.error(f"training started from the weights in {folder}, which these would replace; give a --tag")
         phases = [*phases_of(Path(start), shipped), *phases]
+    elif (first.get("pretrained") or first.get("pretrained_path")) and args.base is None:
+        parser.error("training started from pretrained weights; give their file as --base")
+    elif args.base is not None and not first.get("pretrained_path"):
+        parser.error(f"training did not start from {args.base}: the first run has no pretrained_path")
     if phases:
         training["earlier_phases"] = phases
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -121,12 +131,10 @@ def main() -> None:
     elif shipped is not None and "base_weights" in shipped:
         licence = Path(start).with_name(BASE_LICENSE_FILE).read_text()
         facts["base_weights"] = shipped["base_weights"]
-    model = export.trained_model(of_checkpoint, checkpoint)
     if not model.pretrained_cfg.get("label_names") and facts["dataset"] == "uoft-cs/cifar100":
         model.pretrained_cfg["label_names"] = LABEL_NAMES  # a copy of its files without the Hub's card has no names
     if args.img_size is not None:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)
-    folder = HUB / (f"{run['model']}.{args.tag}" if args.tag else run["model"])
     export.export(
         model, folder, collect, args.held_out or run["val_split"], args.test, facts, args.tag, budgets=args.budgets
     )
@@ -148,31 +156,42 @@ def earlier_phases(parser: argparse.ArgumentParser, recipes: list[Path], run: di
     for file in reversed(recipes):
         if not run["initial_checkpoint"]:
             parser.error(f"the run of {file.name} is not there: the one after it has no initial_checkpoint")
-        run = yaml.safe_load(Path(run["initial_checkpoint"]).with_name("args.yaml").read_text())
+        start = Path(run["initial_checkpoint"])
+        run = yaml.safe_load(start.with_name("args.yaml").read_text())
         differing = differences(yaml.safe_load(file.read_text()), run).keys() - {"model_kwargs"} - PRECISION
         if differing or run["model_kwargs"] != settings:
             parser.error(
                 f"the earlier run differs from {file.name} or this run in {', '.join(sorted(differing)) or 'kwargs'}"
             )
+        epochs = read_run(start).epoch + 1
+        if epochs != run["epochs"]:
+            parser.error(f"{start} is of epoch {epochs}, and the run of {file.name} has {run['epochs']}")
         phases.insert(0, dict(recipe=file.name, epochs=run["epochs"], input_size=run["input_size"]))
     return phases, run
 
 
-def shipped_results(parser: argparse.ArgumentParser, start: Path, objective: dict) -> dict:
+def shipped_results(
+    parser: argparse.ArgumentParser, start: Path, objective: dict, model: timm_dfs.MultiExitModel
+) -> dict:
     """Results in the shipped folder that a run started from; an error if it is none, or trained for something else."""
     if not (file := start.with_name("results.json")).exists():
         parser.error(f"training started from {start}; name the recipe of that run in --earlier-recipes")
     results = json.loads(file.read_text())
     if results["training"]["objective"] != objective:
         parser.error(f"the weights {start} were trained for {results['training']['objective']}, this run {objective}")
+    before = load(f"local-dir:{start.parent}")
+    for what in ("beta", "referencing", "chain"):
+        if getattr(before, what) != getattr(model, what):
+            parser.error(f"the weights {start} have {what}={getattr(before, what)}, this run {getattr(model, what)}")
     return results
 
 
 def phases_of(start: Path, results: dict) -> list[dict]:
     """The phases of training that shipped weights went through."""
     training = results["training"]
-    input_size = json.loads(start.with_name("config.json").read_text())["pretrained_cfg"]["input_size"]
-    own = dict(recipe=training["recipe"], epochs=training["epochs"], input_size=input_size)
+    shipped_size = json.loads(start.with_name("config.json").read_text())["pretrained_cfg"]["input_size"]
+    size = training.get("input_size", shipped_size)
+    own = dict(recipe=training["recipe"], epochs=training["epochs"], input_size=size)
     return [*training.get("earlier_phases", []), own]
 
 

@@ -301,6 +301,10 @@ def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, caps
     )
     weights = {"weight": torch.zeros(1)}
     save_file(weights, base := tmp_path / "base.safetensors", {**about, "license_text": "do as you like"})
+    for wrong, complaint in ((["--base", str(base)], "did not start from"), ([], "give their file as --base")):
+        with pytest.raises(SystemExit):
+            ship(*wrong, **({} if wrong else dict(pretrained=True)))
+        assert complaint in capsys.readouterr().err
     folder, results = ship("--base", str(base), pretrained_path="elsewhere")
     assert results["base_weights"] == about and (folder / "LICENSE.base").read_text() == "do as you like"
     card = (folder / "README.md").read_text()
@@ -311,17 +315,17 @@ def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, caps
         check_folder(folder)
     save_file(weights, base)
     with pytest.raises(SystemExit):
-        ship("--base", str(base))
+        ship("--base", str(base), pretrained_path="elsewhere")
     assert "does not say where it is from" in capsys.readouterr().err
 
 
-def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recipes(ship, tmp_path, capsys):
+def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recipes(ship, checkpoint, tmp_path, capsys):
     phases = {"first": dict(epochs=4, lr=0.5, input_size=[3, 16, 16]), "second": dict(epochs=2, input_size=[3, 24, 24])}
     for name, recipe in phases.items():
         (tmp_path / name).mkdir()
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
 
-    def trained(**of_first):
+    def trained(ended=0, **of_first):
         before = ""
         for name, recipe in phases.items():
             arguments = dict(recipe, model_kwargs={}, initial_checkpoint=before)
@@ -329,6 +333,8 @@ def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recip
                 arguments.update(of_first)
             (tmp_path / name / "args.yaml").write_text(yaml.safe_dump(arguments))
             before = str(tmp_path / name / "last.pth.tar")
+            state = torch.load(checkpoint, weights_only=False)
+            torch.save(dict(state, epoch=(ended or recipe["epochs"]) - 1), before)
         recipes = [str(tmp_path / f"{name}.yaml") for name in phases]
         return ship("--earlier-recipes", *recipes, initial_checkpoint=before)
 
@@ -342,6 +348,7 @@ def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recip
         "- before, phase 2: 2 epochs at 24 px, recipe `second.yaml`\n"
     ) in (folder / "README.md").read_text()
     for wrong, complaint in (
+        (dict(ended=1), "is of epoch 1, and the run of second.yaml has 2"),
         (dict(lr=0.1), "differs from first.yaml or this run in lr"),
         (dict(model_kwargs=dict(beta=0.25)), "differs from first.yaml or this run in kwargs"),
     ):
@@ -359,7 +366,10 @@ def test_a_run_from_shipped_weights_has_their_phases_and_their_base_on_its_card(
     assert "name the recipe of that run in --earlier-recipes" in capsys.readouterr().err
     about = dict(architecture="tf_vgg", source="a wheel", trained_on="ImageNet-1k", sha256="0f", license="MIT")
     save_file({"weight": torch.zeros(1)}, base := tmp_path / "base.safetensors", {**about, "license_text": "do"})
-    folder, before = ship("--base", str(base))
+    folder, before = ship("--base", str(base), pretrained_path="elsewhere")
+    with pytest.raises(SystemExit):
+        ship(initial_checkpoint=str(folder / "model.safetensors"))
+    assert "which these would replace; give a --tag" in capsys.readouterr().err
     shutil.move(folder, tmp_path / "shipped")
     start = tmp_path / "shipped" / "model.safetensors"
     folder, results = ship("--tag", "longer", initial_checkpoint=str(start))
@@ -367,6 +377,11 @@ def test_a_run_from_shipped_weights_has_their_phases_and_their_base_on_its_card(
     assert results["base_weights"] == about == before["base_weights"]
     assert (folder / "LICENSE.base").read_text() == "do"
     shutil.rmtree(folder)
+    config = start.with_name("config.json")
+    config.write_text(config.read_text().replace('"beta": 0.25', '"beta": 0.5'))
+    with pytest.raises(SystemExit):
+        ship("--tag", "longer", initial_checkpoint=str(start))
+    assert "have beta=0.5, this run 0.25" in capsys.readouterr().err
     before["training"]["objective"] = dict(beta=0.75)
     (tmp_path / "shipped" / "results.json").write_text(json.dumps(before))
     with pytest.raises(SystemExit):
@@ -391,3 +406,17 @@ def test_the_hours_of_a_resumed_run_are_not_claimed(checkpoint, tmp_path):
     assert "hours" in export.training_facts(TrainingRun("dfs_vgg7_cifar100"), file)
     arguments.write_text(arguments.read_text() + "resume: run/last.pth.tar\n")
     assert "hours" not in export.training_facts(TrainingRun("dfs_vgg7_cifar100"), file)
+
+
+def test_settings_that_had_no_effect_are_not_stated(checkpoint, tmp_path):
+    shutil.copytree(checkpoint.parent, tmp_path / "run")
+    file = tmp_path / "run" / checkpoint.name
+    recorded = dict(mixup=0.0, cutmix=0.0, mixup_prob=0.5, mixup_off_epoch=0, model_ema=False, model_ema_decay=0.9)
+
+    def stated(**changed):
+        (tmp_path / "run" / "args.yaml").write_text(yaml.safe_dump(dict(recorded, **changed)))
+        return export.training_facts(TrainingRun("dfs_vgg7_cifar100"), file)["settings"].keys()
+
+    assert stated() == {"mixup", "cutmix", "model_ema"}
+    assert stated(cutmix=1.0) == {"mixup", "cutmix", "mixup_prob", "mixup_off_epoch", "model_ema"}
+    assert stated(model_ema=True) == {"mixup", "cutmix", "model_ema", "model_ema_decay"}

@@ -34,21 +34,35 @@ _SETTINGS = (
     "opt",
     "lr",
     "weight_decay",
+    "layer_decay",
     "momentum",
     "sched",
     "warmup_epochs",
     "drop",
     "smoothing",
     "mixup",
+    "cutmix",
+    "mixup_prob",
+    "mixup_off_epoch",
+    "scale",
     "aa",
     "cutout",
     "reprob",
     "model_ema",
+    "model_ema_decay",
     "kd_model_name",
     "kd_temperature",
     "task_loss_weight",
     "distill_loss_weight",
 )
+
+_ONLY_WITH = dict(
+    mixup_prob=("mixup", "cutmix"),
+    mixup_off_epoch=("mixup", "cutmix"),
+    model_ema_decay=("model_ema",),
+    kd_temperature=("kd_model_name",),
+)
+"""Settings that train.py records all the same where none of those named here is in use."""
 
 Split = tuple[torch.Tensor, torch.Tensor]
 """Logits (E, N, C) and targets (N,)."""
@@ -198,11 +212,10 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
         if not recorded.get("resume"):  # a resumed run has rewritten the file, whose time is not that of its start
             facts["hours"] = (checkpoint.stat().st_mtime - arguments.stat().st_mtime) / 3600
         facts.update((key, recorded[key]) for key in ("seed", "batch_size") if recorded.get(key) is not None)
-        taught = recorded.get("kd_model_name")  # without a teacher, train.py records its temperature all the same
         facts["settings"] = {
             key: recorded[key]
             for key in _SETTINGS
-            if recorded.get(key) is not None and (taught or key != "kd_temperature")
+            if recorded.get(key) is not None and (key not in _ONLY_WITH or any(map(recorded.get, _ONLY_WITH[key])))
         }
         if recorded.get("config"):
             facts["recipe"] = Path(recorded["config"]).name

@@ -18,6 +18,7 @@ from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets
 from ..pretrained.packaged import packaged_file, packaged_images, packaged_names
 from ..pretrained.sources import resolve
 from ..wrapped.multi_exit import MultiExit
+from ..wrapped.recorded_points import refuse_other_points
 from ..wrapped.with_classifier import WithClassifier, is_encoder
 from ._registry import architectures, copied, default_cfg_of, register_models
 
@@ -149,6 +150,8 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             filter_fn=lambda weights, model: _checked(weights, model, config, objective.freezes_last_exit),
         )
         classes_loaded = config["num_classes"]
+        if isinstance(points := trained_args.get("exits"), (list, tuple)):  # weights of older files do not record them
+            refuse_other_points(model, points)
     if pretrained:
         check_last_exit(model, objective, classes_loaded)
     settle_presets(model, trained_args)

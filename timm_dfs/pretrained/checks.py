@@ -9,6 +9,7 @@ from ..base.chain import KEY as CHAIN_KEY
 from ..base.model import MultiExitModel
 from ..base.objective import Objective
 from ..calibration.operating_point import check_preset
+from ..wrapped.recorded_points import KEY as EXIT_POINTS_KEY
 from .packaged import CONFIG_FILE
 
 # Arguments that only the caller may set, not a config: they say where weights come from.
@@ -89,8 +90,10 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
     optional = {f"{name}.{part}" for name in model.pretrained_cfg["classifier"] for part in ("weight", "bias")}
     if model.num_classes > 0:  # a model without classes ignores the checkpoint's classifiers
         optional = set()
-    optional.add(CHAIN_KEY)  # compared when it is loaded; weights without it may be trained further with a chain
-    expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")} - {CHAIN_KEY}
+    # Compared when they are loaded; weights without a chain may be trained further with one.
+    optional |= {CHAIN_KEY, EXIT_POINTS_KEY}
+    expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    expected -= {CHAIN_KEY, EXIT_POINTS_KEY}
     present = {key for key in state_dict if not key.endswith("num_batches_tracked")} - optional
     problems = [
         f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"

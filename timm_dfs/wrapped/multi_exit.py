@@ -16,6 +16,7 @@ from .active_samples import ActiveSamples
 from .exit_points import choose, probe, stages
 from .families import family_of
 from .feature_heads import PoolTokens, feature_head
+from .recorded_points import compare_exit_points, note_exit_points
 from .taps import ForwardState, RestoreBatch, SelectActive, Stop, Tap, is_tapped, last_called
 from .with_classifier import WithClassifier, below, is_encoder
 
@@ -105,6 +106,8 @@ class MultiExit(MultiExitModel):
             dict(module=f"backbone.{point.module}", num_chs=point.channels, reduction=point.reduction)
             for point in points
         ]
+        self.register_load_state_dict_pre_hook(compare_exit_points)
+        self.register_state_dict_post_hook(note_exit_points)
         self.forward_state = ForwardState(self._replay)
         modules = dict(backbone.named_modules())
         family = family_of(backbone)

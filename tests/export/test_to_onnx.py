@@ -193,6 +193,17 @@ def test_an_exit_that_never_answers_is_left_out_and_cannot_be_switched_on_silent
         run(batch.numpy(), np.float32([0.5, 0.5, 0.0]))
 
 
+@pytest.mark.filterwarnings("ignore:No sample reaches")
+@pytest.mark.parametrize("layout", ["graph", "stages"])
+def test_a_threshold_just_beyond_patience_switches_an_exit_off_in_the_file_too(msdnet, batch, tmp_path, layout):
+    policy = ExitPolicy([2, 1, 0], "patience")
+    assert policy.answering == (1, 2)
+    run = exported(msdnet, tmp_path / "out", policy, layout)
+    assert_same(run(batch.numpy(), floats(policy)), predict(msdnet, batch, policy))
+    with pytest.raises(Exception, match=r"exits 0 are not in this file|only exits \[1, 2\]"):
+        run(batch.numpy(), np.float32([1, 1, 0]))
+
+
 def test_the_head_of_an_exit_that_never_answers_is_not_in_the_file(msdnet, tmp_path):
     with_all = export_onnx(msdnet, tmp_path / "a", ExitPolicy([0.5, 0.5, 0.0]), images=images(4, SIZE))
     without = export_onnx(msdnet, tmp_path / "b", ExitPolicy([None, 0.5, 0.0]), images=images(4, SIZE))

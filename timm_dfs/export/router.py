@@ -40,7 +40,7 @@ class Router:
         thresholds = self.about["thresholds"] if thresholds is None else list(thresholds)
         thresholds = np.array([np.inf if value is None else value for value in thresholds], np.float32)
         here = {stage["exit_index"] for stage, _ in self.stages}
-        highest = len(thresholds) - 1 if self.about["confidence"] == "patience" else 1
+        highest = max(len(thresholds) - 2, 0) if self.about["confidence"] == "patience" else 1
         if any(k not in here and value <= highest for k, value in enumerate(thresholds)):
             raise ValueError(f"thresholds is {thresholds}; only exits {sorted(here)} are in these stages.")
         fixed = self.about.get("batch_size", len(images))

@@ -28,6 +28,8 @@ def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
         refuse_fitted_split(presets, dataset, split)
     with pytest.raises(ValueError, match="'fast' was fitted on"):  # a copy of the data set
         refuse_fitted_split(presets, "/data/X/", "test")
+    with pytest.raises(ValueError, match="'fast' was fitted on"):  # export-hub keeps the last part of a path
+        refuse_fitted_split(presets, "owner/x", "test")
     for split in ("test[:9]", "test", "test[8:]", "test[:1%]"):
         with pytest.raises(ValueError, match=r"'fast' was fitted on test\[:9\] of x"):
             refuse_fitted_split(presets, "x", split)

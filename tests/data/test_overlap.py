@@ -15,6 +15,7 @@ from timm_dfs.data.overlap import overlap
         ("train", "train", True),
         ("train", "training", True),
         ("train", "validation", False),
+        ("val", "validation[:50%]", True),
         ("train", "train[45000:]", True),
         ("train[:45000]", "train[45000:]", False),
         ("train[:45000]", "train[44000:]", True),

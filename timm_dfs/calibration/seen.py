@@ -49,7 +49,8 @@ def _rows(logits: torch.Tensor) -> list[bytes]:
 def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -> None:
     """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set.
 
-    A folder ``/data/cifar100`` is taken for a copy of the Hub's ``uoft-cs/cifar100``, because it is called like it.
+    A folder ``/data/cifar100``, or ``cifar100``, is taken for a copy of the Hub's ``uoft-cs/cifar100``, because it is
+    called like it.
     """
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
@@ -62,10 +63,15 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
 
 
 def _same_data(first: str, second: str) -> bool:
-    """Whether two names mean one data set: the same name, or a Hub's name and a folder that is called like it."""
-    if first == second or Path(first).is_absolute() == Path(second).is_absolute():
+    """Whether two names mean one data set: the same name, or its last part, if the places differ."""
+    if _place(first) == _place(second):
         return first == second
     return Path(first).name.casefold() == Path(second).name.casefold()
+
+
+def _place(name: str) -> str:
+    """Where a data set is; results that were made on a folder hold only the last part of its path."""
+    return "here" if Path(name).is_absolute() else "on the Hub" if "/" in name else "not told"
 
 
 def is_test(split: str, dataset: str = "") -> bool:

@@ -3,7 +3,7 @@
 import math
 import re
 
-from timm.data.dataset_factory import _TRAIN_SYNONYM
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 
 _SPLIT = re.compile(r"(?P<name>[^\[\]+]+)(\[(?P<start>-?\d*%?):(?P<stop>-?\d*%?)\])?")
 
@@ -18,7 +18,7 @@ def overlap(first: str, second: str) -> bool | None:
     parsed = [_SPLIT.fullmatch(split) for split in (first, second)]
     if parsed[0] is None or parsed[1] is None:
         return None
-    names = ["train" if match["name"] in _TRAIN_SYNONYM else match["name"] for match in parsed if match]
+    names = [_folder(match["name"]) for match in parsed if match]
     if names[0] != names[1]:
         return False
     ends = [(match["start"] or "", match["stop"] or "") for match in parsed if match]
@@ -31,3 +31,8 @@ def overlap(first: str, second: str) -> bool | None:
     starts = [int(start.rstrip("%")) if start else lowest for start, _ in ends]
     stops = [int(stop.rstrip("%")) if stop else highest for _, stop in ends]
     return max(starts) < min(stops)
+
+
+def _folder(name: str) -> str:
+    """One name for all by which timm finds the same folder."""
+    return "train" if name in _TRAIN_SYNONYM else "validation" if name in _EVAL_SYNONYM else name

@@ -12,7 +12,6 @@ means something. Networks without weights are as fast as trained ones: of them, 
 """
 
 import argparse
-import hashlib
 import json
 import statistics
 import time
@@ -22,13 +21,13 @@ import numpy as np
 import onnxruntime
 import timm
 import torch
+from exports import export_once
 from pages import DEPLOYMENT, put
 
 import timm_dfs
 from timm_dfs.data.datasets import dataset_loader
 from timm_dfs.evaluation.bench import SETTLE, exits_logits, halving_policy
 from timm_dfs.evaluation.machine import processor
-from timm_dfs.export import export_onnx
 from timm_dfs.export.timing import graph_of
 from timm_dfs.export.to_onnx import open_session
 
@@ -46,7 +45,7 @@ def arguments():
     parser.add_argument("--size", type=int, help="height and width of the images, if not the model's")
     parser.add_argument("--dataset", help="as in timm's train.py; by default noise")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--images", type=int, default=256, help="how many different images")
+    parser.add_argument("--images", type=int, default=64, help="how many images; each round times all of them")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30, help="for each batch size and number of threads")
@@ -56,7 +55,10 @@ def arguments():
     parser.add_argument("--calibration-split", default="train[45000:]", help="images for int8")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
     parser.add_argument("--write", action="store_true", help=f"also put the figures into docs/{DEPLOYMENT.name}")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if uneven := [size for size in args.batch_sizes if args.images % size]:
+        parser.error(f"{args.images} images do not fill batches of {', '.join(map(str, uneven))}")
+    return args
 
 
 def main():
@@ -74,14 +76,15 @@ def main():
         policies[PATIENCE] = timm_dfs.ExitPolicy([2] * model.num_exits, "patience")
     if args.policies:
         policies = {name: policies[name] for name in args.policies}
-    ways = {LAST: (exported(model, args, None, None), None)}
-    for name, policy in policies.items():
-        ways[name] = exported(model, args, policy, None), np.asarray(policy.thresholds, np.float32)
+    ways = {LAST: (export_once(args.exports, model, None), None)}
+    for name, policy in policies.items():  # those that differ in their thresholds only, an input, share a file
+        file = export_once(args.exports, model, policy, graph_of(policy))
+        ways[name] = file, np.asarray(policy.thresholds, np.float32)
     if args.int8:
         calibration = some_images(model, args, args.calibration_split, 512)
-        ways[f"{LAST}, int8"] = exported(model, args, None, calibration), None
+        ways[f"{LAST}, int8"] = export_once(args.exports, model, None, calibration=calibration), None
         for name, policy in policies.items():  # each has its own thresholds inside, fitted to the quantized network
-            ways[f"{name}, int8"] = exported(model, args, policy, calibration, name), None
+            ways[f"{name}, int8"] = export_once(args.exports, model, policy, calibration=calibration), None
     images_of = "noise" if args.dataset is None else f"{args.dataset.rpartition('/')[2]}, {args.split}"
     lines = [
         f"`{args.model}`, {'×'.join(map(str, images.shape[1:]))}, images of {images_of}; {processor()}; "
@@ -128,25 +131,11 @@ def some_images(model, args, split, count):
     return torch.cat(images), torch.cat(targets)
 
 
-def exported(model, args, policy, calibration, name=""):
-    """The file of a policy, exported unless it is there; in float32, one serves all that differ in thresholds only."""
-    key = [args.model, *model.pretrained_cfg["input_size"]]
-    key += ["last"] if policy is None else ["graph", hashlib.sha256(graph_of(policy).encode()).hexdigest()[:8]]
-    if calibration is not None:
-        key += ["int8", name.replace(" ", "_")]
-    folder = args.exports / "-".join(map(str, key))
-    if not folder.exists():
-        layout = "last" if policy is None else "graph"
-        print(folder.name, export_onnx(model, folder, policy, layout, calibration=calibration), flush=True)
-    return folder / "model.onnx"
-
-
 def measure(ways, images, threads, batch_size, seconds):
     """Ratio of multiply-adds and ratio of speed of each way but the last exit alone, relative to that."""
     sessions = {name: open_session(file, threads) for name, (file, _) in ways.items()}
     facts = {name: session.get_modelmeta().custom_metadata_map for name, session in sessions.items()}
-    batches = [images[i : i + batch_size] for i in range(0, len(images) - batch_size + 1, batch_size)]
-    batches = batches[: max(1, 64 // batch_size)]
+    batches = np.split(images, len(images) // batch_size)
 
     def run(name, batches=batches):
         given = {} if ways[name][1] is None else {"thresholds": ways[name][1]}

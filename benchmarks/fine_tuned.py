@@ -27,8 +27,14 @@ from timm_dfs.training.run import read_run
 MAY_DIFFER = {"seed", "dataset", "pretrained_path", "initial_checkpoint"}
 """Arguments in which a run may differ from the recipe: its seed, and where the same images and weights are stored."""
 
+OF_RUN = {"config", "experiment", "output", "resume", "workers", "log_interval", "checkpoint_hist"}
+"""Arguments that have no effect on the weights."""
+
 SETTING = {"beta", "referencing", "chain", "teacher_size", "teacher_loss"}
 """Keyword arguments of a network that are its setting."""
+
+OF_TEACHER = ("kd_temperature", "task_loss_weight", "distill_loss_weight")
+"""Arguments of train.py that belong to the setting, too, if there is a teacher."""
 
 
 def main() -> None:
@@ -39,9 +45,11 @@ def main() -> None:
     args = parser.parse_args()
     recipe = yaml.safe_load(args.recipe.read_text())
     known = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    for folder in args.runs:
-        arguments = yaml.safe_load((folder / "args.yaml").read_text())
+    arguments_of = {folder: yaml.safe_load((folder / "args.yaml").read_text()) for folder in args.runs}
+    for folder, arguments in arguments_of.items():
         check_recipe(folder, recipe, arguments)
+        check_alike(folder, arguments, args.runs[0], arguments_of[args.runs[0]])
+        check_start(folder, arguments)
         what = dict(recipe=args.recipe.name, setting=setting(arguments), seed=arguments["seed"])
         if any(what.items() <= line.items() for line in known):
             continue
@@ -68,20 +76,44 @@ def setting(arguments: dict) -> str:
     if teacher := arguments.get("kd_model_name"):
         parts.append(f"taught by {teacher}")
         parts += [f"{key} {kwargs[key]}" for key in ("teacher_size", "teacher_loss") if key in kwargs]
+        parts += [f"{key} {arguments[key]}" for key in OF_TEACHER if arguments.get(key) is not None]
     return ", ".join(parts)
 
 
 def check_recipe(folder: Path, recipe: dict, arguments: dict) -> None:
     """Raise ``ValueError`` if a run differs from its recipe in more than its setting."""
-
-    def without_setting(given: dict) -> dict:
-        kwargs = {key: value for key, value in given.get("model_kwargs", {}).items() if key not in SETTING}
-        return dict(given, model_kwargs=kwargs)
-
-    given, made = without_setting(recipe), without_setting(arguments)
+    given, made = _without_setting(recipe), _without_setting(arguments)
     differing = sorted(key for key in given.keys() - MAY_DIFFER if made[key] != given[key])
     if differing:
         raise ValueError(f"{folder} differs from the recipe in {', '.join(differing)}; it is not comparable.")
+
+
+def check_alike(folder: Path, arguments: dict, first: Path, of_first: dict) -> None:
+    """Raise ``ValueError`` if two runs differ in more than their setting, also in what their recipe does not name."""
+    ours, theirs = _without_setting(arguments), _without_setting(of_first)
+    settings = {"kd_model_name", *OF_TEACHER}
+    compared = (ours.keys() | theirs.keys()) - MAY_DIFFER - OF_RUN - settings
+    differing = sorted(key for key in compared if ours.get(key) != theirs.get(key))
+    if differing:
+        raise ValueError(f"{folder} differs from {first} in {', '.join(differing)}; they are not comparable.")
+
+
+def check_start(folder: Path, arguments: dict) -> None:
+    """Raise ``ValueError`` if a run went on from one of another setting or seed."""
+    start = arguments.get("initial_checkpoint")
+    if not start or not (file := Path(start).with_name("args.yaml")).exists():
+        return
+    before = yaml.safe_load(file.read_text())
+    if (setting(before), before["seed"]) != (setting(arguments), arguments["seed"]):
+        raise ValueError(
+            f"{folder} is {setting(arguments)}, seed {arguments['seed']}, but went on from {setting(before)}, seed "
+            f"{before['seed']}, in {start}."
+        )
+
+
+def _without_setting(arguments: dict) -> dict:
+    kwargs = {key: value for key, value in arguments.get("model_kwargs", {}).items() if key not in SETTING}
+    return dict(arguments, model_kwargs=kwargs)
 
 
 def measured(folder: Path, arguments: dict) -> dict:

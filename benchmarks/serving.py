@@ -20,11 +20,12 @@ import datasets
 import onnxruntime
 import ray
 import timm
+from exports import export_once
 from pages import DEPLOYMENT, put
 from ray import serve
 
+import timm_dfs
 from timm_dfs.evaluation.machine import processor
-from timm_dfs.export import export_onnx
 from timm_dfs.export.to_onnx import open_session
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +58,9 @@ def arguments():
 
 def main():
     args = arguments()
-    files = {EARLY: exported(args, args.policy), LAST: exported(args, None)}
+    model = timm.create_model(args.model, pretrained=True).eval()
+    policies = {EARLY: timm_dfs.ExitPolicy.from_preset(model.presets[args.policy]), LAST: None}
+    files = {way: export_once(args.exports, model, policy) for way, policy in policies.items()}
     about = {way: open_session(file).get_modelmeta().custom_metadata_map for way, file in files.items()}
     macs = dict(zip(json.loads(about[EARLY]["exits"]), json.loads(about[EARLY]["exit_macs"])))
     macs[LAST] = int(about[LAST]["last_exit_macs"])
@@ -88,15 +91,6 @@ def main():
     print(lines[-1])
     if args.write:
         put(DEPLOYMENT, "serving.py", lines)
-
-
-def exported(args, policy):
-    """The file of a preset, or of the last exit alone; exported unless it is there."""
-    folder = args.exports / f"{args.model}-{policy or LAST}"
-    if not folder.exists():
-        model = timm.create_model(args.model, pretrained=True).eval()
-        export_onnx(model, folder, policy, "last" if policy is None else "graph")
-    return folder / "model.onnx"
 
 
 def save_images(args, folder):

@@ -58,8 +58,8 @@ def test_early_exit_within_the_cost_of_one_exit_is_that_exit():
         "joint, chained 0.5": dict(model_kwargs=dict(beta="joint", chain=0.5)),
         "joint, chained 0.3": dict(model_kwargs=dict(beta="joint", chain=0.3)),
         "one-sided 0.5": dict(model="dfs_msdnet_cifar100", model_kwargs=dict(beta=0.5)),  # its default
-        "joint, taught by a, teacher_size 96": dict(
-            model_kwargs=dict(beta="joint", teacher_size=96), kd_model_name="a"
+        "joint, taught by a, teacher_size 96, kd_temperature 2.0": dict(
+            model_kwargs=dict(beta="joint", teacher_size=96), kd_model_name="a", kd_temperature=2.0
         ),
     }.items(),
 )
@@ -84,6 +84,27 @@ def test_runs_may_differ_in_seed_and_setting(change):
 def test_a_run_of_another_recipe_is_refused(change, named):
     with pytest.raises(ValueError, match=f"a differs from the recipe in {named}"):
         fine_tuned.check_recipe(Path("a"), RECIPE, RECIPE | change)
+
+
+def test_runs_that_differ_in_what_the_recipe_does_not_name_are_refused():
+    plain = RECIPE | dict(cutmix=0.0, pretrained=False)
+    for change in (dict(cutmix=1.0), dict(pretrained=True)):
+        with pytest.raises(ValueError, match=f"b differs from a in {next(iter(change))}"):
+            fine_tuned.check_alike(Path("b"), plain | change, Path("a"), plain)
+    taught = RECIPE | dict(seed=43, experiment="b", kd_model_name="c", kd_temperature=2.0)
+    fine_tuned.check_alike(Path("b"), taught, Path("a"), RECIPE | dict(experiment="a", kd_temperature=1.0))
+
+
+def test_a_run_that_went_on_from_another_setting_or_seed_is_refused(tmp_path):
+    run = RECIPE | dict(model="dfs_vgg7_cifar100", initial_checkpoint=str(tmp_path / "last.pth.tar"))
+    for change, refused in ((dict(seed=43), True), (dict(model_kwargs=dict(beta="joint")), True), ({}, False)):
+        before = dict(model=run["model"], seed=42, model_kwargs=dict(beta=0.5)) | change
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(before))
+        if refused:
+            with pytest.raises(ValueError, match=r"a is two-sided 0\.5, seed 42, but went on from "):
+                fine_tuned.check_start(Path("a"), run | dict(model_kwargs=dict(beta=0.5)))
+        else:
+            fine_tuned.check_start(Path("a"), run | dict(model_kwargs=dict(beta=0.5)))
 
 
 def test_a_run_that_has_not_ended_is_refused(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ PICTURE = "accuracy-cost.svg"
 DATASET = "uoft-cs/cifar100"
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 40, 48
-COLOURS = ("#1f77b4", "#d9700f", "#7b5bd6", "#2a9d8f")
+COLOURS = ("#1f77b4", "#d9700f", "#7b5bd6", "#2a9d8f", "#b5304f")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def picture(root: Path) -> str:
     accuracies = [top1 for model in models for _, top1 in [*model["curve"], model["last"]]]
     return template("overview.svg.jinja").render(
         dataset=DATASET,
-        models=list(zip(COLOURS, models, strict=False)),
+        models=list(zip(COLOURS[: len(models)], models, strict=True)),
         x=Axis(ticks(0, max(costs), 50), LEFT, WIDTH - RIGHT),
         y=Axis(ticks(min(accuracies), max(accuracies), 2), HEIGHT - BOTTOM, TOP),
         width=WIDTH,

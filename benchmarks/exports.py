@@ -1,9 +1,11 @@
-"""Exported files of benchmarks, kept from one run to the next as long as the network and what it does are the same."""
+"""Exported files of benchmarks, kept from one run to the next as long as network, policy and exporter are the same."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 
+import timm_dfs.export
 from timm_dfs.export import export_onnx
 from timm_dfs.export.to_onnx import MODEL_FILE
 from timm_dfs.hub.folder import full_name
@@ -19,7 +21,10 @@ def export_once(root, model, policy, does=None, calibration=None):
         does: What of the policy the file must agree with; by default everything.
         calibration: Images and classes for int8, which the file is known by, too.
     """
+    exporter = sorted(Path(timm_dfs.export.__file__).parent.glob("*.py"))
     digest = hashlib.sha256(repr((model.pretrained_cfg["input_size"], policy if does is None else does)).encode())
+    for file in exporter:
+        digest.update(file.read_bytes())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(_bytes(value))

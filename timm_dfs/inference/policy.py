@@ -68,12 +68,13 @@ class ExitPolicy:
         self.ensemble = check_ensemble(ensemble, len(self.thresholds))
 
     @property
-    def _highest(self) -> int:
+    def highest_confidence(self) -> int:
         """The largest confidence that a sample can have at an early exit."""
         return max(len(self.thresholds) - 2, 0) if self.confidence == PATIENCE else 1
 
     def _warn_of_unreachable(self) -> None:
-        unreachable = [value for value in self.thresholds[:-1] if self._highest < value < math.inf]
+        highest = self.highest_confidence
+        unreachable = [value for value in self.thresholds[:-1] if highest < value < math.inf]
         if unreachable:
             hint = {
                 PATIENCE: "an early exit has at most that many early exits before it",
@@ -81,7 +82,7 @@ class ExitPolicy:
             }.get(self.confidence, "it is no percentage and no logit")
             warnings.warn(
                 f"No sample reaches the thresholds {', '.join(f'{value:g}' for value in unreachable)}: the confidence "
-                f"{self.confidence!r} is at most {self._highest} ({hint}). These exits are switched off; if that is "
+                f"{self.confidence!r} is at most {highest} ({hint}). These exits are switched off; if that is "
                 "wanted, give None or infinity.",
                 stacklevel=3,
             )
@@ -129,7 +130,9 @@ class ExitPolicy:
     def answering(self) -> tuple[int, ...]:
         """The active exits: the last one and those whose threshold a confidence can reach."""
         last = len(self.thresholds) - 1
-        return tuple(k for k, threshold in enumerate(self.thresholds) if threshold <= self._highest or k == last)
+        return tuple(
+            k for k, threshold in enumerate(self.thresholds) if threshold <= self.highest_confidence or k == last
+        )
 
     def begin(self) -> Decision:
         """The decisions for one batch, which is at its first exit."""

@@ -16,9 +16,9 @@ KEY = "exit_points"
 """Key of a state dict that holds the names of a network's exit points, in UTF-8, separated by spaces."""
 
 
-def encoded(points: Sequence[str], device: torch.device) -> torch.Tensor:
-    """Names of exit points as a tensor of bytes."""
-    return torch.tensor(list(" ".join(points).encode()), dtype=torch.uint8, device=device)
+def encoded(points: Sequence[str]) -> torch.Tensor:
+    """Names of exit points as a tensor of bytes, on the CPU: moving averages of weights ask for it in every step."""
+    return torch.tensor(list(" ".join(points).encode()), dtype=torch.uint8)
 
 
 def decoded(recorded: torch.Tensor) -> list[str]:
@@ -28,7 +28,7 @@ def decoded(recorded: torch.Tensor) -> list[str]:
 
 def note_exit_points(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Add the exit points of a network to its state dict."""
-    state_dict[prefix + KEY] = encoded(points_of(model), next(model.parameters()).device)
+    state_dict[prefix + KEY] = encoded(points_of(model))
 
 
 def compare_exit_points(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -58,5 +58,5 @@ def refuse_other_points(model: Any, trained: Sequence[str]) -> None:
         raise ValueError(
             f"The weights were trained with exits after {', '.join(trained)}, but the model has them after "
             f"{', '.join(points)}, where their logits would be wrong; create it with exits={list(trained)}. To train "
-            f"the weights further with other exits, remove {KEY!r} from the state dict and load that."
+            f"the weights further with other exits, load their state dict without its key {KEY!r}."
         )

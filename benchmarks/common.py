@@ -1,6 +1,7 @@
 """Shared parts of the benchmarks: the methods, CIFAR-100 in memory, a training step, peak memory."""
 
 import multiprocessing
+import random
 import resource
 import time
 from pathlib import Path
@@ -9,6 +10,9 @@ import datasets
 import numpy as np
 import timm
 import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from timm.task import ClassificationTask
 from torch import nn
 
@@ -59,6 +63,33 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     crops = torch.stack([image[:, top : top + 32, left : left + 32] for image, (top, left) in zip(padded, corners)])
     flipped = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(flipped[:, None, None, None], crops.flip(-1), crops)
+
+
+class Augmentation:
+    """What training does to a batch of images: the published augmentation, and more of timm's where a recipe asks.
+
+    Args:
+        normalise: Function of uint8 images, as :func:`normaliser` makes it.
+        aa: RandAugment's configuration, as ``train.py`` takes it; ``None`` for none.
+        reprob: Probability of erasing a rectangle of an image, set to the data set's mean.
+    """
+
+    def __init__(self, normalise, aa: str | None = None, reprob: float = 0.0):
+        self.normalise = normalise
+        as_timm = dict(translate_const=int(0.45 * 32), img_mean=(128, 128, 128))  # the latter is the published padding
+        self.rand_augment = rand_augment_transform(aa, as_timm) if aa else None
+        self.erase = RandomErasing(reprob, mode="const", device="cpu")
+
+    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        images = augment(images, generator)
+        seed = int(torch.randint(2**31, (), generator=generator))  # timm draws from Python's and NumPy's generators
+        random.seed(seed)
+        np.random.seed(seed)
+        if self.rand_augment:
+            of_pil = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
+            augmented = np.stack([np.asarray(self.rand_augment(image)) for image in of_pil])
+            images = torch.from_numpy(augmented).permute(0, 3, 1, 2)
+        return self.erase(self.normalise(images))
 
 
 class Trainer:

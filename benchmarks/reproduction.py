@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outcome import SHARES
-from study import SETTINGS
+from study import RECIPES, SETTINGS
 from templates import template
 
 from timm_dfs.hub import curve
@@ -59,9 +59,9 @@ def generated(root: Path) -> dict[str, str]:
         }
         for runs in ("epochs79", "short")
     }
-    runs, of_seeds = (
+    runs, augmented, of_seeds = (
         [json.loads(line) for line in (root / "benchmarks/results" / name).read_text().splitlines()]
-        for name in ("study.jsonl", "fine_tuned.jsonl")
+        for name in ("study.jsonl", "study_randaugment.jsonl", "fine_tuned.jsonl")
     )
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     dfs, joint = results[DFS], results[JOINT]
@@ -84,6 +84,11 @@ def generated(root: Path) -> dict[str, str]:
         reached=reached(dfs, joint),
         budgets=[name for name in dfs["test"]["presets"] if name.endswith("M") and name in joint["test"]["presets"]],
         study=study(runs),
+        augmented=[
+            dict(together(of_length, list(SETTINGS)), missing=missing(of_length))
+            for of_length in divided(augmented, "epochs")
+        ],
+        augmentation=RECIPES["randaugment"],
         over_seeds=over_seeds(of_seeds),
         shares=SHARES,
         fine_tuned=dict(dfs=fine_tuned[FINE_TUNED_DFS], joint=fine_tuned[FINE_TUNED_JOINT]),
@@ -132,16 +137,35 @@ def reached(dfs: dict, joint: dict) -> dict:
 def study(runs: list[dict]) -> list[dict]:
     """Tables of the study, one per number of epochs: accuracy and difference to joint training, exit by exit."""
     tables = []
-    for epochs in sorted({run["epochs"] for run in runs}):
-        of_length = [run for run in runs if run["epochs"] == epochs]
+    for of_length in divided(runs, "epochs"):
         rows = compared(of_length, lambda run: run["top1"], list(SETTINGS))
-        missing = [setting for setting in SETTINGS if setting not in {row["setting"] for row in rows}]
-        tables.append(dict(epochs=epochs, rows=rows, exits=len(rows[0]["mean"]), missing=missing))
+        epochs, exits = of_length[0]["epochs"], len(rows[0]["mean"])
+        tables.append(dict(epochs=epochs, rows=rows, exits=exits, missing=missing(of_length)))
     return tables
+
+
+def missing(runs: list[dict]) -> list[str]:
+    """Settings of the study that were not run."""
+    return [setting for setting in SETTINGS if setting not in {run["setting"] for run in runs}]
 
 
 def over_seeds(runs: list[dict]) -> list[dict]:
     """Tables of runs that fine-tune one network, for each recipe its own: runs of two are not comparable."""
+    return [
+        dict(
+            together(of_recipe, list(dict.fromkeys(run["setting"] for run in of_recipe))), recipe=of_recipe[0]["recipe"]
+        )
+        for of_recipe in divided(runs, "recipe")
+    ]
+
+
+def divided(runs: list[dict], key: str) -> list[list[dict]]:
+    """Runs divided by a value, in the order in which the values first occur."""
+    return [[run for run in runs if run[key] == value] for value in dict.fromkeys(run[key] for run in runs)]
+
+
+def together(runs: list[dict], settings: list[str]) -> dict:
+    """Tables of comparable runs: exits alone and together, the gain and the disagreement, and early exit."""
     values = dict(
         top1=lambda run: run["top1"],
         together=lambda run: run["together"]["fitted"],
@@ -150,14 +174,8 @@ def over_seeds(runs: list[dict]) -> list[dict]:
         early_exit=lambda run: run["early_exit"]["alone"],
         early_exit_together=lambda run: run["early_exit"]["fitted"],
     )
-    found = []
-    for recipe in dict.fromkeys(run["recipe"] for run in runs):
-        of_recipe = [run for run in runs if run["recipe"] == recipe]
-        settings = list(dict.fromkeys(run["setting"] for run in of_recipe))
-        tables = {name: compared(of_recipe, value, settings) for name, value in values.items()}
-        first = of_recipe[0]
-        found.append(dict(tables=tables, recipe=recipe, epochs=first["epochs"], flops=first["flops"]))
-    return found
+    tables = {name: compared(runs, value, settings) for name, value in values.items()}
+    return dict(tables=tables, epochs=runs[0]["epochs"], flops=runs[0]["flops"])
 
 
 def compared(runs: list[dict], value: Callable[[dict], list[float]], settings: list[str]) -> list[dict]:

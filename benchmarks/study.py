@@ -6,8 +6,7 @@ Each run is one line of the output: what outcome.py says of the last 5,000 train
 the same seed, all settings start from the same weights and train on the same batches. Runs that the output already
 contains are skipped, so the study can be interrupted, and several processes can divide the seeds or settings.
 
-The network is a small MSDNet, trained in float32, which every processor supports, with SGD and one cycle of the
-learning rate.
+The network is a small MSDNet, trained with SGD and one cycle of the learning rate.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import json
 from pathlib import Path
 
 import torch
-from common import Trainer, augment, load, normaliser
+from common import Augmentation, Trainer, load, normaliser
 from outcome import outcome
 
 import timm_dfs
@@ -34,6 +33,7 @@ SETTINGS = {
     "one-sided 0.5, distilled": dict(beta=0.5, referencing="one_sided", distill_weight=0.3),
     "joint, chained": dict(beta="joint", chain=0.5),
     "one-sided 0.5, chained": dict(beta=0.5, referencing="one_sided", chain=0.5),
+    "one-sided 0.9, chained": dict(beta=0.9, referencing="one_sided", chain=0.5),
 }
 """Model arguments of each setting. The weight of distillation is that of the official ResNet recipe, the
 chain BoostNet's."""
@@ -41,15 +41,23 @@ chain BoostNet's."""
 BACKBONE_FIRST = {"joint, backbone first"}
 """Settings that train the last exit alone for the first half, then all exits (Kubaty et al., ICML 2025)."""
 
-RECIPE = dict(
-    model="dfs_msdnet_cifar100",
-    model_kwargs=dict(
-        exits=5, base=2, step=1, stem_width=8, growth_rate=8, head_width=64, num_classes=100, drop_rate=0.0
-    ),
-    lr=0.1,
-    batch_size=128,
-    dtype="float32",
+RECIPES = {
+    "published": dict(
+        model="dfs_msdnet_cifar100",
+        model_kwargs=dict(
+            exits=5, base=2, step=1, stem_width=8, growth_rate=8, head_width=64, num_classes=100, drop_rate=0.0
+        ),
+        lr=0.1,
+        batch_size=128,
+        dtype="float32",
+    )
+}
+RECIPES["randaugment"] = dict(
+    RECIPES["published"], dtype="bfloat16", augmentation=dict(aa="rand-m9-mstd0.5-inc1", reprob=0.25)
 )
+"""By name of the augmentation: that which is published, crops and mirroring alone, and RandAugment with erasing, the
+modern form of AutoAugment with Cutout, which the official code has on by default. The second uses bfloat16 for time's
+sake: no setting of one is compared with one of the other."""
 
 
 def main() -> None:
@@ -58,30 +66,32 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, nargs="*", default=[2, 6])
+    parser.add_argument("--recipe", choices=list(RECIPES), default="published", help="of the augmentation")
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines, one for each run")
     args = parser.parse_args()
 
+    recipe = RECIPES[args.recipe]
     train, held_out = load(args.dataset)
     for epochs in args.epochs:
         for seed in args.seeds:
             for setting in args.settings:
-                if any(same(run, setting, seed, epochs) for run in read(args.output)):
+                if any(same(run, setting, seed, epochs) for run in read(args.output, recipe)):
                     continue
-                result = run(setting, seed, epochs, train, held_out)
+                result = run(setting, seed, epochs, recipe, train, held_out)
                 with args.output.open("a") as file:
                     file.write(json.dumps(result) + "\n")
                 top1 = " ".join(f"{value:.2f}" for value in result["top1"])
                 print(f"{epochs} epochs, seed {seed}, {setting}: {top1}", flush=True)
 
 
-def read(file: Path) -> list[dict]:
+def read(file: Path, recipe: dict) -> list[dict]:
     """The runs in a file; none if it does not exist.
 
     Raises:
         ValueError: If they were made with another recipe.
     """
     runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    if any(run["recipe"] != RECIPE for run in runs):
+    if any(run["recipe"] != recipe for run in runs):
         raise ValueError(f"{file} has runs of another recipe, which are not comparable; give another --output.")
     return runs
 
@@ -91,24 +101,25 @@ def same(run: dict, setting: str, seed: int, epochs: int) -> bool:
     return (run["setting"], run["seed"], run["epochs"]) == (setting, seed, epochs)
 
 
-def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> dict:
+def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_out: tuple) -> dict:
     """Train one network and measure every exit's accuracy, in percent, on the held-out images."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    batch_size, samples = RECIPE["batch_size"], len(train[0])
-    kwargs = dict(RECIPE["model_kwargs"], **SETTINGS[setting])
+    batch_size, samples = recipe["batch_size"], len(train[0])
+    kwargs = dict(recipe["model_kwargs"], **SETTINGS[setting])
     steps = epochs * (samples // batch_size)
-    trainer = Trainer(RECIPE["model"], kwargs, RECIPE["lr"], steps, getattr(torch, RECIPE["dtype"]))
+    trainer = Trainer(recipe["model"], kwargs, recipe["lr"], steps, getattr(torch, recipe["dtype"]))
     torch.compiler.reset()  # otherwise it stops compiling after eight networks of a class
     trainer.task.compile()  # 1.15 times faster
     normalise = normaliser(trainer.model)
+    augmentation = Augmentation(normalise, **recipe.get("augmentation", {}))
     every_exit = trainer.task.criterion.objective
     for epoch in range(epochs):
         only_last = setting in BACKBONE_FIRST and epoch < epochs // 2
         trainer.task.criterion.objective = last_exit_only(trainer.model) if only_last else every_exit
         order = torch.randperm(samples, generator=generator)
         for chosen in order[: samples // batch_size * batch_size].split(batch_size):
-            trainer.step(normalise(augment(train[0][chosen], generator)), train[1][chosen])
+            trainer.step(augmentation(train[0][chosen], generator), train[1][chosen])
     loader = [(normalise(x), target) for x, target in zip(held_out[0].split(250), held_out[1].split(250))]
     logits, targets = timm_dfs.collect_logits(trainer.model, loader)
     return dict(
@@ -116,7 +127,7 @@ def run(setting: str, seed: int, epochs: int, train: tuple, held_out: tuple) -> 
         seed=seed,
         epochs=epochs,
         **outcome(logits, targets, timm_dfs.exit_flops(trainer.model, lazy=True)),
-        recipe=RECIPE,
+        recipe=recipe,
         machine=describe_machine(),
     )
 

@@ -9,10 +9,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import common  # noqa: E402
 import reproduction  # noqa: E402
 import study  # noqa: E402
 
@@ -68,6 +70,16 @@ def root(tmp_path):
         for seed, shift in enumerate((0.0, 0.4, -0.3)[:seeds])
     ]
     (tmp_path / "benchmarks/results/fine_tuned.jsonl").write_text("\n".join(map(json.dumps, of_seeds)))
+    augmented = [
+        dict(
+            fine_tuned_run(setting, seed, 40.0 + change),
+            together=dict(mean=[0.0] * 4, fitted=[40.0 + change, 42.0, 43.0, 44.0]),
+            disagreement=[30.0 - change, 20.0, 10.0, 0.0],
+        )
+        for setting, change in (("joint", 0.0), ("one-sided 0.5", -1.5))
+        for seed in range(3)
+    ]
+    (tmp_path / "benchmarks/results/study_randaugment.jsonl").write_text("\n".join(map(json.dumps, augmented)))
     (tmp_path / "benchmarks/results/train_step.json").write_text(json.dumps(dict(machine="made up", measured=[case])))
     return tmp_path
 
@@ -248,12 +260,44 @@ def test_the_plot_has_both_curves_and_all_exits(root):
     assert kinds.count(("circle", "exit")) == kinds.count(("circle", "curve other")) == 7
 
 
+def test_the_study_says_whether_partitioned_exits_disagree_more_and_gain_more_together(root):
+    section = text(root).partition("### RandAugment and erasing, 4 epochs")[2].partition("## Time")[0]
+    assert cells(section.split("| setting |")[1], "one-sided 0.5") == ["3"] + ["38.50 (**-1.50 ± 0.00**)"] * 4
+    assert "disagrees with the last one on +0.0 to +1.5 percentage points more images" in section
+    assert "gain +1.50 to +1.50 points more" in section
+    assert "ahead of joint training's exits together at no exit." in section
+    assert "- not run: one-sided 0.3;" in section and "one-sided 0.5" not in section.partition("- not run:")[2][:60]
+
+
+def test_the_page_stands_without_runs_of_the_augmented_study(root):
+    (root / "benchmarks/results/study_randaugment.jsonl").write_text("")
+    assert "### RandAugment" not in text(root)
+
+
 def test_runs_of_another_recipe_do_not_join_the_study(tmp_path):
     file = tmp_path / "study.jsonl"
-    assert study.read(file) == []
-    file.write_text(json.dumps(dict(setting="joint", seed=0, epochs=2, top1=[1.0], recipe=dict(study.RECIPE, lr=0.2))))
+    recipe = study.RECIPES["published"]
+    assert study.read(file, recipe) == []
+    file.write_text(json.dumps(dict(setting="joint", seed=0, epochs=2, top1=[1.0], recipe=recipe)))
+    assert len(study.read(file, recipe)) == 1
     with pytest.raises(ValueError, match="another recipe"):
-        study.read(file)
+        study.read(file, study.RECIPES["randaugment"])
+
+
+@pytest.mark.parametrize("recipe", study.RECIPES)
+def test_all_settings_of_a_seed_train_on_the_same_images(recipe):
+    augmentation = common.Augmentation(lambda images: images / 255, **study.RECIPES[recipe].get("augmentation", {}))
+    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+    one, same, other = (augmentation(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert one.shape == images.shape and one.dtype == torch.float32
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_erased_rectangles_have_the_data_sets_mean():
+    erased = common.Augmentation(lambda images: images / 255 + 1, reprob=1.0)
+    made = erased(torch.full((16, 3, 32, 32), 128, dtype=torch.uint8), torch.Generator().manual_seed(0))
+    assert set(made.unique().tolist()) == {0.0, torch.tensor(128 / 255 + 1).item()}
+    assert (made == 0).any(-1).any(-1).all(), "an image has no erased rectangle"
 
 
 def test_the_fine_tuned_networks_differ_in_the_partition_alone():

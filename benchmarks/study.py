@@ -27,6 +27,7 @@ SETTINGS = {
     "one-sided 0.5": dict(beta=0.5, referencing="one_sided"),
     "one-sided 0.7": dict(beta=0.7, referencing="one_sided"),
     "one-sided 0.9": dict(beta=0.9, referencing="one_sided"),
+    "one-sided 0.5 to 1": dict(beta=[0.5, 0.75, 1.0, 1.0], referencing="one_sided"),
     "two-sided 0.5": dict(beta=0.5, referencing="two_sided"),
     "joint, distilled": dict(beta="joint", distill_weight=0.3),
     "joint, backbone first": dict(beta="joint"),
@@ -36,7 +37,7 @@ SETTINGS = {
     "one-sided 0.9, chained": dict(beta=0.9, referencing="one_sided", chain=0.5),
 }
 """Model arguments of each setting. The weight of distillation is that of the official ResNet recipe, the
-chain BoostNet's."""
+chain BoostNet's; "0.5 to 1" partitions the first two exits' features alone."""
 
 BACKBONE_FIRST = {"joint, backbone first"}
 """Settings that train the last exit alone for the first half, then all exits (Kubaty et al., ICML 2025)."""

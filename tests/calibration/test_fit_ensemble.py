@@ -122,3 +122,23 @@ def test_presets_of_an_ensemble_keep_to_the_drop_below_the_last_exit_alone(confi
     assert points["accurate"].accuracy >= alone
     for point in points.values():
         check_preset(point.preset(), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])
+def test_targets_of_any_integer_type_are_fitted_alike(dtype):
+    logits, targets = exits_with_own_noise(0)
+    assert fit_ensemble(logits, targets.to(dtype)) == fit_ensemble(logits, targets)
+    assert torch.equal(fit_temperatures(logits, targets.to(dtype)), fit_temperatures(logits, targets))
+
+
+def test_weights_are_fitted_in_inference_mode_and_under_another_default_type_alike():
+    logits, targets = exits_with_own_noise(0)
+    weights, temperatures = fit_ensemble(logits, targets), fit_temperatures(logits, targets)
+    with torch.inference_mode():
+        assert fit_ensemble(logits.clone(), targets.clone()) == weights
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert fit_ensemble(logits, targets) == weights
+        assert torch.equal(fit_temperatures(logits, targets), temperatures)
+    finally:
+        torch.set_default_dtype(torch.float32)

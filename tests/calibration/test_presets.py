@@ -131,6 +131,53 @@ def test_another_model_s_folder_is_refused(model, tmp_path):
         write_presets(other, tmp_path / "m")
 
 
+def test_presets_of_another_computation_than_the_folders_are_refused(model, tmp_path):
+    write_presets(model, tmp_path / "m")
+
+    def again(**changes):
+        other = timm.create_model("dfs_vgg7_cifar100", depths=(1, 2), widths=(6, 8), num_classes=5, **changes).eval()
+        other.load_state_dict(model.state_dict())
+        other.presets = model.presets
+        return other
+
+    write_presets(again(beta=0.1, drop_rate=0.2), tmp_path / "m")
+    with pytest.raises(ValueError, match="to one with global_pool max instead of the default"):
+        write_presets(again(global_pool="max"), tmp_path / "m")
+    other = again()
+    other.pretrained_cfg["input_size"] = (3, 64, 64)
+    with pytest.raises(ValueError, match=r"input_size \[3, 64, 64\] instead of \[3, 32, 32\]"):
+        write_presets(other, tmp_path / "m")
+
+
+def test_a_compiled_model_is_written_as_itself(model, tmp_path):
+    write_presets(torch.compile(model, backend="eager"), tmp_path / "m")
+    assert timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).presets == model.presets
+
+
+def test_a_model_that_timm_cannot_rebuild_is_refused(tmp_path):
+    by_hand = timm_dfs.MultiExit(timm.create_model("test_resnet", num_classes=3), exits=("layer1",))
+    for write in (write_presets, hub.write_weights):
+        with pytest.raises(ValueError, match=r"cannot rebuild this MultiExit.*create_model\('dfs_test_resnet'"):
+            write(by_hand, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("beta", [0.5, [0.5, 0.25]])
+def test_weights_without_referencing_load_with_their_own_ratios_alone(beta, tmp_path):
+    off = settled(tiny_vgg(referencing="off", beta=beta))
+    weights = off.state_dict()
+    for other in (dict(), dict(referencing="off", beta=0.75), dict(referencing="off", beta="joint")):
+        with pytest.raises(ValueError, match=r"trained with referencing='off' and beta=.*create it with those"):
+            tiny_vgg(**other).load_state_dict(weights)
+    same = tiny_vgg(referencing="off", beta=beta).eval()
+    same.load_state_dict({key: value.half() for key, value in weights.items()})
+    with pytest.warns(UserWarning, match="wrong until it is trained further"):
+        tiny_vgg(referencing="off").load_state_dict(tiny_vgg().state_dict())
+    write_presets(off, tmp_path / "m")
+    again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    assert torch.equal(again(images()), off(images()))
+
+
 def test_a_folder_without_a_model_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         write_presets(model, tmp_path)
@@ -164,3 +211,8 @@ def test_a_preset_with_further_fields_loads(model, tmp_path):
 def test_names_say_budget_and_drop():
     assert [presets.budget_name(146.25e6), presets.budget_name(1e9)] == ["146.25M", "1000M"]
     assert presets.drop_name(0.5) == "drop-0.5"
+
+
+def test_presets_that_would_have_one_name_are_refused(data):
+    with pytest.raises(ValueError, match=r"one name, among 1\.23457M, 1\.23457M"):
+        fit_presets(data, [1e6, 2e6, 4e6], budgets=[1_234_567, 1_234_569])

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import BACKBONES, TINY, images, settled, wrapped
+from helpers import BACKBONES, TINY, images, settled, tiny_msdnet, tiny_vgg, wrapped
 from torch import nn
 
 from timm_dfs import ExitPolicy, fuse, predict
+from timm_dfs.inference.fusion import _pairs
 
 
 def norms(model):
@@ -108,6 +109,32 @@ def test_a_network_that_reads_a_convolution_twice_is_refused():
     nn.init.constant_(model.backbone.conv1.norm.running_mean, 3.0)
     with pytest.raises(ValueError, match="MultiExit cannot be fused"):
         fuse(model.eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_fused_as_precisely_as_it_can_be(native, dtype):
+    half = copy.deepcopy(native).to(dtype)
+    fused = fuse(half)
+    assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
+    precise = fuse(copy.deepcopy(half).float())
+    for ours, its in zip(fused.parameters(), precise.parameters(), strict=True):
+        assert torch.equal(ours, its.to(dtype))
+
+
+def test_a_folded_weight_that_does_not_fit_is_refused():
+    model = settled(tiny_msdnet())
+    conv, norm = _pairs(model, (3, 32, 32))[0]
+    model.get_submodule(norm).weight.data.fill_(6e4)
+    model.get_submodule(conv).weight.data.mul_(100)
+    with pytest.raises(ValueError, match="a folded weight does not fit into it"):
+        fuse(model.half())
+
+
+def test_a_network_whose_logits_are_not_finite_is_refused():
+    model = settled(tiny_vgg())
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="its own logits are not finite"):
+        fuse(model)
 
 
 def test_what_has_no_exits_is_refused():

@@ -272,3 +272,13 @@ def test_patience_refuses_temperatures():
 def test_batches_have_decisions_of_their_own():
     policy = ExitPolicy([0.5, 0.5])
     assert policy.begin() is not policy.begin()
+
+
+@pytest.mark.parametrize("ensemble", [None, "mean"])
+def test_probabilities_are_those_of_the_ensemble_at_the_exits_temperatures(ensemble):
+    logits = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    policy = ExitPolicy([0.5, 0.5, 0.0], temperatures=[2.0, 1.0, 0.5], ensemble=ensemble)
+    for k, temperature in enumerate(policy.temperatures):
+        expected = (policy.predicted(logits)[k] / temperature).softmax(-1)
+        assert torch.allclose(policy.probabilities(logits)[k], expected)
+    assert torch.equal(policy.probabilities(logits.bfloat16()).sum(-1).round(), torch.ones(3, 5))

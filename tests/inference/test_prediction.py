@@ -1,5 +1,6 @@
 """Early exit inside a batch predicts each sample as if it were alone, and computes no more than is needed."""
 
+import copy
 import math
 import threading
 import warnings
@@ -346,3 +347,37 @@ def test_a_network_of_one_logit_is_refused():
     model = tiny_vgg(num_classes=1)
     with pytest.raises(ValueError, match="one logit"):
         predict(model, images(2), ExitPolicy([0.5] * model.num_exits))
+
+
+def test_a_network_without_classes_is_refused():
+    model = tiny_vgg(num_classes=0)
+    with pytest.raises(ValueError, match=r"num_classes=0.*pooled features"):
+        predict(model, images(2), ExitPolicy([0.5] * model.num_exits))
+
+
+@pytest.mark.parametrize("ensemble", [None, "mean"])
+def test_a_bfloat16_networks_samples_leave_where_calibration_says(vgg, ensemble):
+    model = copy.deepcopy(vgg).bfloat16()
+    x = images(64).bfloat16()
+    logits = all_logits(model, x)
+    temperatures = [1.3, 0.7, 1.1]
+    policy = ExitPolicy([0.5] * model.num_exits, temperatures=temperatures, ensemble=ensemble)
+    scaled = policy.predicted(logits.float()) / torch.tensor(temperatures)[:, None, None]
+    confidence = scaled.softmax(-1).amax(-1)
+    for k in range(model.num_exits - 1):  # each sample's own confidence decides alone, so that rounding would show
+        for sample in range(0, 64, 8):
+            exact = [math.inf] * model.num_exits
+            exact[k] = confidence[k, sample].item()
+            at = policy.with_thresholds(exact)
+            if ensemble is None:
+                prediction = predict(model, x, at)
+                assert prediction.exit_index[sample] == k and prediction.logits.dtype == torch.bfloat16
+            assert torch.equal(at.exit_index(logits), at.exit_index(logits.float()))
+    assert policy.predicted(logits).dtype == (torch.bfloat16 if ensemble is None else torch.float32)
+
+
+def test_a_nan_in_an_ensemble_is_told(vgg):
+    x = images(2)
+    x[0] = math.nan
+    with pytest.warns(UserWarning, match="an ensemble makes their logits NaN"):
+        predict(vgg, x, ExitPolicy([0.5] * vgg.num_exits, ensemble="mean"))

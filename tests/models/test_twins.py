@@ -164,6 +164,16 @@ def test_a_twins_weights_come_back(trained, silent):
     assert_same_logits(loaded(dict(state_dict=model.state_dict())), model)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_state_dict_may_have_the_prefixes_of_wrappers(prefix, trained, base):
+    of_twin, of_base = (
+        {prefix + key: value for key, value in model.state_dict().items()} for model in (trained[0], base[0])
+    )
+    assert_same_logits(loaded(dict(state_dict=of_twin)), trained[0])
+    with pytest.warns(UserWarning, match="untrained"):
+        assert torch.equal(loaded(dict(state_dict=of_base))(x()), base[0](x()))
+
+
 FROZEN_LAST = dict(train_backbone=False, loss_weights=[1, 1, 0], distill_weight=1.0)
 FOR_NEW_CLASSES = dict(num_classes=-1)  # train.py's --pretrained-path
 
@@ -227,6 +237,42 @@ def test_grey_images_take_the_sum_of_the_colour_filters(trained):
     model, file = trained
     first = loaded(file, in_chans=1).backbone.conv1[0].weight
     assert torch.allclose(first, model.backbone.conv1[0].weight.sum(1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout, settings", [("NLC", {}), ("NHWC", dict(window_size=3))])
+@pytest.mark.parametrize("classes", [CLASSES, 9])
+def test_a_twins_weights_are_fitted_to_another_image_size_as_timm_fits_the_bases(layout, settings, classes, tmp_path):
+    model = settled(twin(layout))
+    model.pretrained_cfg["input_size"] = (3, 64, 64)
+    save_for_hf(model, tmp_path, model_args=dict(img_size=(64, 64), exits=3))
+    changes = dict(settings, img_size=96, num_classes=classes)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **changes).eval()
+    name, own = BACKBONES[layout][0], dict(BACKBONES[layout][1])
+    overlay = dict(state_dict=model.backbone.state_dict(), num_classes=CLASSES, input_size=(3, 64, 64))
+    plain = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{**own, **changes}).eval()
+    assert torch.equal(again.forward_features(x(size=96)), plain.forward_features(x(size=96)))
+    assert torch.equal(again.backbone.get_classifier().weight, model.backbone.get_classifier().weight) is (
+        classes == CLASSES
+    )
+    for name, value in model.heads[0].body.state_dict().items():
+        assert torch.equal(again.heads[0].body.state_dict()[name], value)
+
+
+def test_weights_that_timm_cannot_fit_to_another_image_size_are_refused_with_the_remedy():
+    cait = dict(depth=4, embed_dim=32, num_classes=CLASSES, exits=2)
+    model = timm.create_model("dfs_cait_xxs24_224", img_size=64, **cait)
+    overlay = dict(state_dict=model.state_dict(), input_size=(3, 64, 64))
+    with pytest.raises(ValueError, match=r"images of 96x96 pixels \(backbone.pos_embed.*, and timm cannot resize"):
+        timm.create_model("dfs_cait_xxs24_224", pretrained=True, pretrained_cfg_overlay=overlay, img_size=96, **cait)
+
+
+def test_weights_for_another_image_size_are_not_resized_unless_one_is_asked_for():
+    model = settled(twin("NLC", img_size=96))
+    overlay = dict(state_dict=model.state_dict())
+    settings = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=CLASSES, exits=3, depth=4)
+    with pytest.raises(ValueError, match=r"images of 160x160 pixels \(backbone.pos_embed.*, img_size among"):
+        timm.create_model("dfs_test_vit", **settings)
+    assert_same_logits(timm.create_model("dfs_test_vit", img_size=96, **settings), model, x(size=96))
 
 
 @pytest.mark.parametrize("exits", [2, 4])
@@ -319,6 +365,32 @@ def test_a_model_loaded_with_other_classes_drops_its_presets(tmp_path):
     with pytest.warns(UserWarning, match="Dropped the presets fast"):
         again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
     assert again.presets == {} and again.num_classes == 7
+
+
+def test_a_twin_for_images_of_any_size_is_saved_with_the_size_that_its_positions_are_for(tmp_path):
+    model = settled(twin("NLC", img_size=96, dynamic_img_size=True, in_chans=1))
+    timm_dfs.write_presets(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert_same_logits(again, model, x(size=96, channels=1))
+    assert_same_logits(again, model, x(size=64, channels=1))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])  # timm's ViTs cannot be rebuilt with another pooling
+def test_another_pooling_is_saved(layout, tmp_path):
+    model = settled(twin(layout))
+    model.reset_classifier(CLASSES, "max")
+    timm_dfs.write_presets(model, tmp_path / "saved")
+    assert_same_logits(timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True), model)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(num_classes=7)], ids=str)
+@pytest.mark.filterwarnings("ignore:Dropped the presets")
+def test_a_twin_with_packaged_weights_is_saved_with_the_arguments_of_its_weights(changes, tmp_path):
+    model = timm.create_model("dfs_tf_efficientnet_lite0.cifar100_112", pretrained=True, **changes)
+    timm_dfs.write_presets(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert (again.exit_points, again.presets) == (model.exit_points, model.presets)
+    assert_same_logits(again, model, x(size=112))
 
 
 # Cost of the heads.

@@ -172,6 +172,38 @@ def test_features_only_of_a_twin_with_trained_exits_is_refused(tmp_path):
         twin(features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+def named(folder, server, prefix):
+    """A model's name with a prefix of timm's, and the model behind it."""
+    put(server, "us/vgg", folder)
+    return "hf-hub:us/vgg" if prefix == "hf-hub:" else f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize("prefix", ["hf-hub:", "local-dir:"])
+@pytest.mark.parametrize("given", ["file", "state_dict"])
+def test_weights_that_the_caller_gives_replace_those_of_a_named_model_and_its_presets(
+    prefix, given, folder, model, server, tmp_path
+):
+    other = tiny_vgg()
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    overlay = dict(file=str(tmp_path / "other.pth")) if given == "file" else dict(state_dict=other.state_dict())
+    with pytest.warns(UserWarning, match="Dropped the presets .*are not those they were fitted to"):
+        made = timm.create_model(named(folder, server, prefix), pretrained=True, pretrained_cfg_overlay=overlay)
+    assert same(made, other) and not same(made, model) and not made.presets
+    assert made.pretrained_cfg["input_size"] == model.pretrained_cfg["input_size"]
+
+
+@pytest.mark.parametrize("prefix", ["hf-hub:", "local-dir:"])
+def test_presets_that_the_caller_gives_with_the_weights_are_kept(prefix, folder, server, tmp_path):
+    other = tiny_vgg()
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    presets = {"own": dict(PRESETS[next(iter(PRESETS))])}
+    overlay = dict(file=str(tmp_path / "other.pth"))
+    made = timm.create_model(
+        named(folder, server, prefix), pretrained=True, pretrained_cfg_overlay=overlay, presets=presets
+    )
+    assert same(made, other) and made.presets == presets
+
+
 # Twins.
 
 

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import BACKBONES, backbone, wrapped
+from helpers import BACKBONES, CLASSES, backbone, wrapped
 from torch import nn
 
 from timm_dfs import MultiExit
@@ -157,6 +157,47 @@ def test_layout_channels_and_reduction_are_those_of_the_feature(layout):
             height = feature.shape[{"NCHW": 2, "NHWC": 1}[point.layout]]
             assert height == 64 // point.reduction
         assert bool(point.reduction) == (feature.ndim == 4)
+
+
+LATE_CLASS_TOKEN = {
+    "cait": ("cait_xxs24_224", dict(depth=4, embed_dim=32), 4),
+    "xcit": ("xcit_nano_12_p16_224", dict(depth=4, embed_dim=32), 4),
+    "convit": ("convit_tiny", dict(depth=4, embed_dim=8, local_up_to_layer=2), 2),
+}
+"""Small networks whose class token joins the patches after this many blocks."""
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("family", LATE_CLASS_TOKEN)
+def test_exits_before_the_class_token_joins_average_all_patches_and_later_ones_pool_as_the_backbone(family, pool):
+    name, settings, joins_after = LATE_CLASS_TOKEN[family]
+    inner = timm.create_model(name, **settings, img_size=64, num_classes=CLASSES, global_pool=pool)
+    model = MultiExit(inner, [f"blocks.{k}" for k in range(3)], beta="joint").eval()
+    features = _features(model, torch.randn(2, 3, 64, 64))
+    for k, (head, tokens) in enumerate(zip(model.heads, features, strict=True)):
+        joined = k >= joins_after
+        assert tokens.shape[1] == 16 + joined
+        tokens = torch.randn_like(tokens).requires_grad_()
+        head(tokens).sum().backward()
+        read = (tokens.grad.abs().sum((0, 2)) > 0).tolist()
+        assert read == ([pool == "token"] + 16 * [pool == "avg"] if joined else 16 * [True])
+
+
+def _features(model, x):
+    seen = []
+    handles = [
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach())) for part in model.partitions
+    ]
+    model.forward_exits(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("point, prefix_tokens", [("patch_embed", 0), ("blocks.0", 1)])
+def test_prefix_tokens_are_those_in_the_feature(point, prefix_tokens):
+    (found,) = probe(backbone("NLC", dynamic_img_size=False), [point], (3, 64, 64))
+    assert found.prefix_tokens == prefix_tokens
 
 
 def test_probing_computes_no_data_and_leaves_the_weights_alone():

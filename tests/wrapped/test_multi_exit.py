@@ -87,6 +87,24 @@ def test_no_logit_of_a_referencing_network_depends_on_the_partition(beta, refere
         assert torch.equal(ours, theirs)
 
 
+@torch.no_grad()
+def test_without_referencing_evaluation_computes_what_was_trained(layout):
+    model = settled(wrapped(layout, referencing="off"))
+    last = model.forward_exits(x())[-1]
+    assert not torch.allclose(last, model.backbone(x()), atol=1e-4)
+    assert torch.equal(model(x()), last)
+    assert torch.equal(model.forward_head(model.forward_features(x())), last)
+    assert torch.allclose(predict(model, x(), ExitPolicy([None, None, 0.0])).logits, last, atol=1e-5)
+    with pytest.raises(ValueError, match="referencing is 'off'"):
+        model.forward_intermediates(x())
+
+
+def test_joint_training_without_referencing_leaves_the_backbone_as_it_is():
+    model = settled(wrapped(beta="joint", referencing="off"))
+    assert torch.equal(model(x()), model.backbone(x()))
+    assert torch.equal(model.forward_intermediates(x(), indices=1)[0], model.forward_features(x()))
+
+
 def test_wrapping_leaves_the_weights_and_the_mode_alone(layout):
     inner = backbone(layout).eval()
     before, modes = copy.deepcopy(inner.state_dict()), module_modes(inner)
@@ -392,7 +410,7 @@ def test_a_head_that_does_not_exist_is_refused_with_those_that_do(value):
 @pytest.mark.parametrize("layout", ["NLC", "NCL"])
 def test_a_convolutional_head_for_tokens_is_refused(layout, kind):
     with pytest.raises(ValueError, match="returns tokens"):
-        feature_head(kind, ExitPoint("here", 8, layout, 0), CLASSES, 0, "avg", 0.0)
+        feature_head(kind, ExitPoint("here", 8, layout, 0), CLASSES, "avg", 0.0)
 
 
 def test_a_frozen_backbone_stays_frozen_and_its_exits_train():
@@ -654,6 +672,28 @@ def test_a_compiled_model_predicts(plain):
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     policy = middling(model, batch)
     assert torch.equal(predict(compiled, batch, policy).exit_index, predict(model, batch, policy).exit_index)
+
+
+@pytest.mark.parametrize("compiled, missed", [((0,), 0), ((1,), 1), ((0, 1), 0)])
+@torch.no_grad()
+def test_exit_points_that_were_compiled_on_their_own_are_not_skipped_silently(compiled, missed):
+    torch._dynamo.reset()
+    model = MultiExit(backbone("NLC"), ("blocks.0", "blocks.1")).eval()
+    expected = model(x())
+    for k in compiled:
+        model.backbone.blocks[k].compile(backend="eager")
+    assert torch.equal(model(x()), expected)  # the backbone alone
+    for compute in (model.forward_exits, lambda x: predict(model, x, ExitPolicy([None, 0.0, 0.0]))):
+        with pytest.raises(ValueError, match=rf"backbone\.blocks\.{missed} .*compile the whole network"):
+            compute(x())
+
+
+def test_modules_without_exit_points_may_be_compiled_on_their_own(plain):
+    torch._dynamo.reset()
+    model = copy.deepcopy(plain["NLC"])
+    model.backbone.blocks[0].compile(backend="eager")
+    for ours, theirs in zip(model.forward_exits(x()), plain["NLC"].forward_exits(x()), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 class AllExits(nn.Module):

@@ -5,6 +5,7 @@ exit k's classifier, its logits are z_0 = f_0 and z_k = f_k + chain · sg(z_{k-1
 """
 
 import math
+import warnings
 from collections.abc import Callable, Collection
 from numbers import Real
 
@@ -69,12 +70,18 @@ def note_chain(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
 def compare_chain(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Remove the chain from a state dict that is to be loaded, after comparing it with the model's.
 
-    Weights without one may be loaded into a network with chained exits, to train them further.
+    Weights without one may be loaded into a network with chained exits, to train them further; a warning says so.
 
     Raises:
         ValueError: If the weights were trained with another chain.
     """
     found = state_dict.pop(prefix + KEY, None)
+    if found is None and model.chain and state_dict:
+        warnings.warn(
+            f"The weights were not trained with a chain, but the model has chain={model.chain:g}, with which its "
+            "logits are wrong until it is trained further.",
+            stacklevel=2,
+        )
     if found is None or found.is_meta:
         return
     if not math.isclose(found.item(), model.chain, rel_tol=0, abs_tol=TOLERANCE):  # type: ignore[arg-type]

@@ -70,7 +70,12 @@ def require_exits(model: nn.Module) -> None:
 
 
 def require_classes(model: nn.Module) -> None:
-    """Raise ``ValueError`` if ``model`` has a single logit, of which a softmax is always 1."""
+    """Raise ``ValueError`` if ``model`` has no classes, or a single logit, of which a softmax is always 1."""
+    if model.num_classes < 1:
+        raise ValueError(
+            f"The model has num_classes={model.num_classes}: its outputs are pooled features, which have no "
+            "confidence. Give it classes (reset_classifier), or call forward_exits for the features."
+        )
     if model.num_classes == 1:
         raise ValueError(
             "The model has one logit: its softmax is 1 for every image, so that all images would leave at the first "

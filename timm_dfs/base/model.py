@@ -26,6 +26,7 @@ from .partition import (
     records_gradients,
 )
 from .presets import presets_as_json
+from .recorded_betas import compare_betas, note_betas
 from .rows import take
 
 if TYPE_CHECKING:
@@ -116,9 +117,13 @@ class MultiExitModel(nn.Module):
         self.objective = Objective()
         self.adapters: nn.ModuleList | None = None
         self._given_args: dict = {}
+        self.presets_of_weights: dict[str, dict] = {}
         self.register_load_state_dict_pre_hook(_without_strange_adapters)
+        self.register_load_state_dict_pre_hook(_without_presets_of_other_weights)
         self.register_load_state_dict_pre_hook(compare_chain)
         self.register_state_dict_post_hook(note_chain)
+        self.register_load_state_dict_pre_hook(compare_betas)
+        self.register_state_dict_post_hook(note_betas)
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
         """Set the heads, shallow to deep, and a partition for each early exit, of the sizes in ``feature_info``."""
@@ -193,6 +198,8 @@ class MultiExitModel(nn.Module):
     num_features: int
     num_classes: int
     presets: dict[str, dict]
+    presets_of_weights: dict[str, dict]
+    """Those of the presets that came with the weights that were loaded."""
     pretrained_cfg: dict
 
     def start(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -399,6 +406,8 @@ class MultiExitModel(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give every exit a new classifier. Presets, which were fitted to the old ones, are dropped with a warning.
 
+        So are the names of the old classes, without one.
+
         Raises:
             ValueError: If the last exit is frozen: nothing would train its new classifier.
         """
@@ -408,6 +417,10 @@ class MultiExitModel(nn.Module):
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
         self.head_hidden_size = self.pooled_widths()[-1]
         self.num_classes = num_classes
+        if global_pool is not None:
+            self._given_args["global_pool"] = global_pool
+        for names in ("label_names", "label_descriptions"):
+            getattr(self, "pretrained_cfg", {}).pop(names, None)
         self._fit_adapters()
         self.drop_presets(self.presets, "the classifiers they were fitted to were replaced")
 
@@ -453,6 +466,19 @@ def refuse_reentrant() -> None:
             "timm is set to reentrant gradient checkpointing, which drops the gradients of layers whose inputs need "
             "none; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
         )
+
+
+def _without_presets_of_other_weights(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:
+    """Drop the presets that came with a model's weights if other weights are loaded in their place."""
+    came = [name for name, preset in model.presets.items() if model.presets_of_weights.get(name) == preset]
+    if came and any(_differs(value, state_dict.get(prefix + name)) for name, value in model.named_parameters()):
+        model.drop_presets(came, "the weights they were fitted to were replaced")
+
+
+def _differs(own: torch.Tensor, given: torch.Tensor | None) -> bool:
+    if given is None or given.is_meta or own.is_meta or given.shape != own.shape:
+        return False  # an error, or for the caller to know
+    return not torch.equal(given.to(own.device, own.dtype), own)
 
 
 def _without_strange_adapters(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:

@@ -45,7 +45,7 @@ def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Col
     rows = []
     for k in range(len(val_logits)):
         used = [j for j in range(k) if j in active and k in active] + [k]
-        weights = _fit(val_logits[used].float(), val_targets) if len(used) > 1 else [1.0]
+        weights = _fit(val_logits[used], val_targets) if len(used) > 1 else [1.0]
         row = [0.0] * (k + 1)
         for j, weight in zip(used[:-1], weights):
             row[j] = round(weight, DIGITS)
@@ -54,9 +54,12 @@ def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Col
     return check_ensemble(rows, len(rows))  # type: ignore[return-value]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _fit(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
     """Weights (J,) of sum 1 of exits' logits (J, N, C)."""
-    start = torch.full((len(logits),), 1 / len(logits)).log()
+    logits, targets = logits.to(torch.float32, copy=True), targets.to(torch.int64, copy=True)
+    start = logits.new_full((len(logits),), 1 / len(logits)).log()
     logarithms = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([logarithms], max_iter=STEPS, line_search_fn="strong_wolfe")
 

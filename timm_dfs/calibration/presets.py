@@ -60,6 +60,9 @@ def fit_presets(
     Returns:
         Operating points by name.
 
+    Raises:
+        ValueError: If two presets would have one name, too.
+
     Example:
         >>> import torch, timm_dfs
         >>> logits, targets = 9 * torch.eye(4).repeat(3, 1, 1), torch.arange(4)  # 3 exits, 4 samples, 4 classes
@@ -67,6 +70,9 @@ def fit_presets(
         >>> {name: point.average_flops for name, point in points.items()}
         {'accurate': 10.0, 'balanced': 10.0, 'fast': 10.0, 'drop-5': 10.0}
     """
+    names = [*map(budget_name, budgets), *map(drop_name, max_accuracy_drops)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Several presets would have one name, among {', '.join(names)}; give values further apart.")
     fitting = Fitting(val, flops, confidence, temperatures, ensemble, exits, dataset, split)
     points = {name: fitting.dropping(drop) for name, drop in NAMED.items()}
     points.update((budget_name(budget), fitting.within(budget)) for budget in budgets)

@@ -130,14 +130,16 @@ def is_shown(drops: torch.Tensor, most: float, confidence_level: float) -> bool:
 
 
 def _drops(point: OperatingPoint, held_out: Data, confidence_level: float) -> torch.Tensor:
-    """Each sample's drop (N,): 1 if only the last exit is correct, -1 if only the policy is, else 0."""
+    """Each sample's drop (N,), in random order: 1 if only the last exit is right, -1 if only the policy is, else 0."""
     check_confidence_level(confidence_level)
     check_data("held_out", held_out)
     logits, targets = held_out
     refuse_seen(point.seen, logits, "held-out", "the operating point")
     policy = point.policy
     correct = (policy.predicted(logits).argmax(-1) == targets).double()
-    return (logits[-1].argmax(-1) == targets).double() - correct.gather(0, policy.exit_index(logits)[None])[0]
+    drops = (logits[-1].argmax(-1) == targets).double() - correct.gather(0, policy.exit_index(logits)[None])[0]
+    # Bets are placed sample by sample: in the order of a folder of classes, easy ones first could win them all.
+    return drops[torch.randperm(len(drops), generator=torch.Generator().manual_seed(0)).to(drops.device)]
 
 
 def check_confidence_level(confidence_level: float) -> None:

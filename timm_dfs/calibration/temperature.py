@@ -37,10 +37,10 @@ def fit_temperatures(val_logits: torch.Tensor, val_targets: torch.Tensor) -> tor
         tensor(0.7500)
     """
     check_data("val", (val_logits, val_targets))
-    logits = val_logits.float()
+    logits, val_targets = val_logits.float(), val_targets.long()
     of_target = logits.gather(-1, val_targets.expand(len(logits), -1)[..., None])[..., 0].mean(1)  # (E,)
-    low = torch.full((len(logits),), math.log(1 / HOTTEST))
-    high = torch.full((len(logits),), math.log(1 / COLDEST))
+    low = torch.full_like(of_target, math.log(1 / HOTTEST))
+    high = torch.full_like(of_target, math.log(1 / COLDEST))
     for _ in range(24):
         middle = (low + high) / 2
         expected = ((logits * middle.exp()[:, None, None]).softmax(-1) * logits).sum(-1).mean(1)

@@ -21,6 +21,7 @@ from ..data.datasets import follow_run
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from ..pretrained.packaged import CONFIG_FILE
+from ..pretrained.runs import complete_args
 from ..pretrained.sources import PREFIXES, check_named
 from ..training.run import read_run
 
@@ -124,7 +125,7 @@ def create(
         run.check_reproducible()
         if checkpoint is not None:
             raise ValueError(f"Both {name} and --checkpoint {checkpoint} are given; give one checkpoint.")
-        name, checkpoint, kwargs = run.model, Path(name), run.model_args
+        name, checkpoint, kwargs = run.model, Path(name), complete_args(run)
     kwargs.update(_parse(model_kwargs or []))
     name = as_source(name)
     ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))

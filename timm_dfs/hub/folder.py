@@ -14,6 +14,7 @@ from timm.models._hub import save_config_for_hf
 from ..base.evaluating import evaluating
 from ..base.model import MultiExitModel
 from ..base.presets import presets_as_json
+from ..models.dfs_twins import PREFIX
 from ..pretrained.checks import check_presets
 from ..pretrained.packaged import CONFIG_FILE, WEIGHTS_FILE
 from ..pretrained.sources import check_named
@@ -52,9 +53,11 @@ def write_weights(model: MultiExitModel, folder: Path) -> None:
     """Write a model's weights in half precision, and the config from which timm rebuilds it, presets included.
 
     Raises:
-        ValueError: If half precision cannot hold a weight, or a preset does not fit the model.
+        ValueError: If half precision cannot hold a weight, a preset does not fit the model, or timm cannot rebuild it
+            from its name.
     """
     check_presets(model.presets, model.num_exits)
+    check_rebuilt(model)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for key, value in model.state_dict().items():
@@ -77,7 +80,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def golden_batch(model: MultiExitModel) -> torch.Tensor:
     """Two images that are the same on every machine, to compare a model's logits on: (2, C, H, W)."""
-    shape = (2, *model.pretrained_cfg["input_size"])
+    shape = (2, model.in_chans, *model.pretrained_cfg["input_size"][1:])
     return torch.arange(torch.Size(shape).numel()).mul(0.37).sin().reshape(shape)
 
 
@@ -97,7 +100,8 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
         folder: A folder with the weights of this model, or one that does not exist yet.
 
     Raises:
-        ValueError: If the folder holds other weights or no model, or a preset does not fit the model.
+        ValueError: If the folder holds no model, other weights, or a model that computes something else from them; a
+            preset does not fit the model, or timm cannot rebuild it from its name.
 
     Example:
         >>> import tempfile, timm, timm_dfs
@@ -109,7 +113,9 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
         {'fast': {'thresholds': [0.9, 0.0]}}
     """
     folder = Path(folder)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     check_presets(model.presets, model.num_exits)
+    check_rebuilt(model)
     if not folder.exists():
         new = folder.with_name(f".{folder.name}.new")
         save_for_hf(model, str(new), safe_serialization=True)
@@ -121,6 +127,16 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
     new = folder / f".{CONFIG_FILE}.new"
     new.write_text(json.dumps(config, indent=2, allow_nan=False))
     os.replace(new, folder / CONFIG_FILE)
+
+
+def check_rebuilt(model: MultiExitModel) -> None:
+    """Raise ``ValueError`` unless timm can rebuild a model from a config: it was not created under a name of ours."""
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
+    if not timm.is_model(name) or not name.startswith(PREFIX):
+        raise ValueError(
+            f"timm cannot rebuild this {type(model).__name__} from its architecture {name!r}. Create it by name, "
+            f"timm.create_model('{PREFIX}{name or 'NAME'}', ...) with the same exits, and load its weights."
+        )
 
 
 def _check_same(model: MultiExitModel, folder: Path) -> None:
@@ -136,3 +152,25 @@ def _check_same(model: MultiExitModel, folder: Path) -> None:
         raise ValueError(
             f"The weights in {folder} are not those the presets were fitted to; give their own folder, or a new one."
         )
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    theirs = _computation(config.get("model_args", {}), config.get("pretrained_cfg", {}))
+    ours = _computation(model._model_args, model.pretrained_cfg)
+    differing = [key for key in ours if ours[key] != theirs.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} {ours[key]} instead of {theirs.get(key, 'the default')}" for key in differing)
+        raise ValueError(
+            f"The presets were not fitted to the model in {folder}, but to one with {changes}; give a new folder."
+        )
+
+
+def _computation(model_args: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:
+    """What decides logits and costs besides the weights: arguments of the model and preparation of images, as JSON."""
+    of_training = ("presets", "beta", "referencing")
+    decisive = {key: value for key, value in model_args.items() if key not in of_training and "drop" not in key}
+    if model_args.get("referencing") == "off":  # then alone does the partition change values
+        decisive.update(referencing="off", beta=model_args.get("beta"))
+    decisive.update((key, cfg[key]) for key in _OF_IMAGES if cfg.get(key) is not None)
+    return json.loads(json.dumps(decisive, default=str))
+
+
+_OF_IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")

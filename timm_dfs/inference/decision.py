@@ -7,6 +7,7 @@ import torch
 
 from .confidence import PATIENCE, confidence_function
 from .ensemble import Ensemble
+from .precision import at_least_float32
 
 if TYPE_CHECKING:
     from .policy import ExitPolicy
@@ -26,7 +27,7 @@ class Decision:
         self._confidence = None if self._patience else confidence_function(policy.confidence)
 
     def predicted(self, exit_index: int, logits: torch.Tensor) -> torch.Tensor:
-        """The policy's logits (B, C) at an exit, given the exit's own."""
+        """The policy's logits (B, C) at an exit, given the exit's own; those of an ensemble in float32 at least."""
         return logits if self._ensemble is None else self._ensemble.combine(exit_index, logits)
 
     def leaves(self, exit_index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +41,7 @@ class Decision:
             confidence = self._patience.confidence(logits)
         else:
             if self._temperatures is not None:
-                logits = logits / self._temperatures[exit_index]
+                logits = at_least_float32(logits) / self._temperatures[exit_index]
             confidence = self._confidence(logits)  # type: ignore[misc]
         if exit_index == len(self._thresholds) - 1:
             return torch.ones_like(confidence, dtype=torch.bool), confidence.isnan()

@@ -11,6 +11,8 @@ from numbers import Real
 
 import torch
 
+from .precision import at_least_float32
+
 MEAN = "mean"
 """The ensemble in which all exits have the same weight."""
 
@@ -80,8 +82,11 @@ class Ensemble:
         self._logits: dict[int, torch.Tensor] = {}
 
     def combine(self, exit_index: int, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) of the ensemble at an active exit, given the exit's own; called in the order of the exits."""
-        self._logits[exit_index] = logits
+        """Logits (B, C) of the ensemble at an active exit, given the exit's own, in float32 at least.
+
+        It is called in the order of the exits.
+        """
+        self._logits[exit_index] = at_least_float32(logits)
         parts = [self._logits[j] * weight for j, weight in self._weights[exit_index].items()]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -101,7 +106,7 @@ def ensemble_logits(
         exits: The active exits, by default all. The logits of others are left as they are, and contribute nothing.
 
     Returns:
-        Logits (E, N, C).
+        Logits (E, N, C), in float32 at least.
 
     Raises:
         ValueError: If ``logits`` has another shape, or the ensemble or exits do not fit.
@@ -123,7 +128,7 @@ def ensemble_logits(
     if not set(active) <= set(range(num_exits)):
         raise ValueError(f"exits is {list(active)}; the exits are 0 to {num_exits - 1}.")
     state = Ensemble(check_ensemble(ensemble, num_exits), active)  # type: ignore[arg-type]
-    combined = logits.clone()
+    combined = at_least_float32(logits).clone()
     for k in active:
         combined[k] = state.combine(k, logits[k])
     return combined

@@ -10,6 +10,7 @@ import torch
 from .confidence import PATIENCE, confidence_function
 from .decision import Decision
 from .ensemble import check_ensemble, ensemble_logits
+from .precision import at_least_float32
 
 
 class ExitPolicy:
@@ -154,6 +155,13 @@ class ExitPolicy:
         """The policy's logits (E, N, C) at all exits, given the exits' own: others only if there is an ensemble."""
         self.check_exits(logits.shape[0])
         return logits if self.ensemble is None else ensemble_logits(logits, self.ensemble, self.answering)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities (E, N, C) at all exits, by the ensemble and temperatures, given the exits' own logits."""
+        scaled = at_least_float32(self.predicted(logits))
+        if self.temperatures is not None:
+            scaled = scaled / scaled.new_tensor(self.temperatures)[:, None, None]
+        return scaled.softmax(-1)
 
     def exit_index(self, logits: torch.Tensor) -> torch.Tensor:
         """Exit at which each sample leaves, given the exits' own logits (E, N, C): int64 (N,)."""

@@ -85,8 +85,9 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
 
     def visit(k: int, logits: torch.Tensor) -> torch.Tensor | None:
         nonlocal rows
-        logits = decision.predicted(k, logits)
+        dtype, logits = logits.dtype, decision.predicted(k, logits)
         leaving, nan = torch.stack(decision.leaves(k, logits)).tolist()  # one transfer from the device
+        logits = logits.to(dtype)
         if any(nan):
             broken.update(row for row, is_nan in zip(rows, nan) if is_nan)
         if k == last:
@@ -111,7 +112,8 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
         model.walk(x, visit, policy.answering)
     if broken:
         warnings.warn(
-            f"The logits of samples {sorted(broken)} contain NaN; these samples left at the last exit.",
+            f"The logits of samples {sorted(broken)} contain NaN; these samples left at the last exit"
+            f"{', where an ensemble makes their logits NaN as well' if policy.ensemble is not None else ''}.",
             stacklevel=2,
         )
     return _in_order(left, len(x))

@@ -5,12 +5,14 @@ A twin is :class:`timm_dfs.MultiExit` around timm's model. Keyword arguments tha
 
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, load_state_dict
+from timm.models import DefaultCfg, PretrainedCfg, clean_state_dict, load_pretrained, load_state_dict
+from torch import nn
 
 from ..base.arguments import check_names
 from ..base.objective import SETTINGS, take_settings
@@ -97,6 +99,9 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     given_cfg, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     weights = resolve(name, given_cfg, overlay, pretrained, _num_exits, kwargs.get("cache_dir"))
     cfg, kwargs = weights.cfg, weights.complete(kwargs)
+    if cfg.state_dict:  # timm removes the prefixes of wrappers from a file's keys only
+        cfg = replace(cfg, state_dict=clean_state_dict(cfg.state_dict))
+        overlay = dict(overlay or {}, state_dict=cfg.state_dict)
     trained_args = kwargs.pop("pretrained_model_args", None) or {}
     objective, kwargs = take_settings(kwargs)
     base_overlay = {key: value for key, value in cfg.to_dict().items() if key not in (*_SOURCE, *_OF_TWIN)}
@@ -128,7 +133,8 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     if from_base and state_dict and not _fingerprints(state_dict) & _fingerprints(backbone.state_dict()):
         raise ValueError(f"The weights from {weights.source} are neither {name}'s nor {base}'s; give one of theirs.")
     if "img_size" in kwargs:
-        backbone.pretrained_cfg["input_size"] = (3, *to_2tuple(kwargs["img_size"]))
+        channels = backbone.pretrained_cfg["input_size"][0]
+        backbone.pretrained_cfg["input_size"] = (channels, *to_2tuple(kwargs["img_size"]))
     model = MultiExit(backbone, **exit_args)
     model.pretrained_cfg = _config(cfg, model)
     classes_loaded = base_overlay["num_classes"]
@@ -142,19 +148,28 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         )
     elif pretrained:
         config = dict(model.pretrained_cfg)
+
+        def load_base(weights: dict[str, Any]) -> nn.Module:
+            its = dict(base_overlay, num_classes=model.num_classes, state_dict=weights)
+            return timm.create_model(base, pretrained=True, pretrained_cfg_overlay=its, **kwargs)
+
+        def fitting(weights: dict[str, Any], model: MultiExit) -> dict[str, Any]:
+            weights = _checked(weights, model, config, objective.freezes_last_exit)
+            return _resized(weights, model, cfg.input_size[1:], load_base if "img_size" in kwargs else None)
+
         load_pretrained(
             model,
             pretrained_cfg=config,
             num_classes=model.num_classes,
             in_chans=model.in_chans,
-            filter_fn=lambda weights, model: _checked(weights, model, config, objective.freezes_last_exit),
+            filter_fn=fitting,
         )
         classes_loaded = config["num_classes"]
         if isinstance(points := trained_args.get("exits"), (list, tuple)):  # weights of older files do not record them
             refuse_other_points(model, points)
     if pretrained:
         check_last_exit(model, objective, classes_loaded)
-    settle_presets(model, trained_args)
+    settle_presets(model, trained_args, kwargs)
     model.train_for(objective)
     return model
 
@@ -235,6 +250,49 @@ def _checked(state_dict: dict[str, Any], model: MultiExit, config: dict[str, Any
         state_dict = _from_official(state_dict)
     source = str(config.get("file") or config.get("hf_hub_id") or "the given state dict")
     return fit_checkpoint(state_dict, model, config, source, keep)
+
+
+def _resized(
+    state_dict: dict[str, Any],
+    model: MultiExit,
+    trained_size: Sequence[int],
+    load: Callable[[dict[str, Any]], nn.Module] | None,
+) -> dict[str, Any]:
+    """A twin's checkpoint for images of the model's size: timm fits the base's part, as it does for the base itself.
+
+    Args:
+        state_dict: The checkpoint, its keys the model's.
+        model: The model to load it into.
+        trained_size: (height, width) of the images that the weights were trained on.
+        load: From the base's part to a base of the model's size with these weights; None if no size was asked for.
+
+    Raises:
+        ValueError: If the sizes differ and none was asked for, or timm does not fit this base's weights to another.
+    """
+    size = model.pretrained_cfg["input_size"][1:]
+    prefix = "backbone.encoder." if isinstance(model.backbone, WithClassifier) else "backbone."
+    ours = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+    own = {key: value for key, value in state_dict.items() if key in ours}
+    classifiers, adapted = (
+        {f"{name}.{part}" for name in model.pretrained_cfg[key] for part in ("weight", "bias")}
+        for key in ("classifier", "first_conv")
+    )  # timm's load_pretrained adapts these for any base
+    other = [key for key in own if key not in classifiers | adapted and own[key].shape != ours[key].shape]
+    if not other and (load is None or tuple(size) == tuple(trained_size)):
+        return state_dict
+    shapes = "; ".join(f"{key} has {tuple(own[key].shape)}, not {tuple(ours[key].shape)}" for key in other[:3])
+    differ = f"The weights are not for this model and images of {'x'.join(map(str, size))} pixels ({shapes})"
+    if load is None:
+        raise ValueError(f"{differ}; give the settings that they were trained with, img_size among them.")
+    own.update((key, ours[key]) for key in classifiers & ours.keys())
+    try:
+        base = load({key.removeprefix(prefix): value for key, value in own.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{differ}, and timm cannot resize them; give the settings that they were trained with, as img_size."
+        ) from error
+    resized = {prefix + key: value for key, value in base.state_dict().items()}
+    return state_dict | {key: value for key, value in resized.items() if key not in classifiers}
 
 
 def _from_official(state_dict: dict[str, Any]) -> dict[str, Any]:

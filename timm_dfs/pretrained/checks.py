@@ -8,9 +8,13 @@ from timm.models import get_arch_name
 from ..base.chain import KEY as CHAIN_KEY
 from ..base.model import MultiExitModel
 from ..base.objective import Objective
+from ..base.recorded_betas import KEY as BETAS_KEY
 from ..calibration.operating_point import check_preset
 from ..wrapped.recorded_points import KEY as EXIT_POINTS_KEY
 from .packaged import CONFIG_FILE
+
+_RECORDED = {CHAIN_KEY, EXIT_POINTS_KEY, BETAS_KEY}
+"""Keys of a state dict that hold settings which weights alone do not tell."""
 
 # Arguments that only the caller may set, not a config: they say where weights come from.
 _CALLERS_OWN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -91,9 +95,9 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
     if model.num_classes > 0:  # a model without classes ignores the checkpoint's classifiers
         optional = set()
     # Compared when they are loaded; weights without a chain may be trained further with one.
-    optional |= {CHAIN_KEY, EXIT_POINTS_KEY}
+    optional |= _RECORDED
     expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
-    expected -= {CHAIN_KEY, EXIT_POINTS_KEY}
+    expected -= _RECORDED
     present = {key for key in state_dict if not key.endswith("num_batches_tracked")} - optional
     problems = [
         f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
@@ -127,30 +131,24 @@ def check_last_exit(model: MultiExitModel, objective: Objective, classes: int) -
         )
 
 
-def settle_presets(model: MultiExitModel, trained: dict) -> None:
+def settle_presets(model: MultiExitModel, trained: dict, given: dict | None = None) -> None:
     """Check a model's presets; drop, with a warning, those that came with weights and do not fit the model as built.
+
+    The arguments that the weights belong to are noted, so that timm saves them with the caller's.
 
     Args:
         model: The model.
         trained: The ``model_args`` of its weights; empty if there are none.
+        given: The arguments that the model was created with, those of the weights among them.
 
     Raises:
         ValueError: If a preset that did not come with weights does not fit.
     """
+    model._model_args = trained
     if model.presets != trained.get("presets"):
         check_presets(model.presets, model.num_exits)
         return
-    changes = [
-        what
-        for what, changed in (
-            ("classes", model.num_classes != model.pretrained_cfg.get("num_classes")),
-            ("values", (model.referencing == "off") != (trained.get("referencing", model.referencing) == "off")),
-            ("chain", model.chain != trained.get("chain", 0)),
-            ("pooling", model.pool_type not in (None, trained.get("global_pool", "avg"))),
-        )
-        if changed
-    ]
-    if changes:
+    if changes := changed_arguments(model, trained, given or {}):
         model.drop_presets(model.presets, f"the model's {' and '.join(changes)} are not those they were fitted to")
     unfit = {}
     for name, preset in model.presets.items():
@@ -159,3 +157,45 @@ def settle_presets(model: MultiExitModel, trained: dict) -> None:
         except ValueError as error:
             unfit[name] = str(error).rstrip(".")
     model.drop_presets(unfit, "; ".join(dict.fromkeys(unfit.values())))
+    model.presets_of_weights = dict(model.presets)
+
+
+def changed_arguments(model: MultiExitModel, trained: dict, given: dict) -> list[str]:
+    """Names of the arguments that decide logits and differ from those that the weights belong to."""
+    cfg = model.pretrained_cfg
+    usual = dict(num_classes=cfg.get("num_classes"), in_chans=cfg["input_size"][0], chain=0.0)
+    if model.pool_type is not None:
+        usual["global_pool"] = "avg"
+    ours = dict(given, num_classes=model.num_classes, in_chans=model.in_chans, chain=model.chain)
+    changed = [
+        key
+        for key, value in ours.items()
+        if key not in _OF_TRAINING and "drop" not in key and not _same(value, trained.get(key, usual.get(key)))
+    ]
+    if not _same(
+        _decisive_beta(model.referencing, model.beta), _decisive_beta(trained.get("referencing"), trained.get("beta"))
+    ):
+        changed.append("beta or referencing")
+    return changed
+
+
+def _decisive_beta(referencing: str | None, beta: Any) -> Any:
+    """The partition ratio where it decides logits: without referencing."""
+    return beta if referencing == "off" and beta != "joint" else None
+
+
+_OF_TRAINING = {
+    "presets",
+    "pretrained_model_args",
+    "beta",
+    "referencing",
+    "exits",
+    "head",
+    "bn_momentum",
+    *_CALLERS_OWN,
+}
+"""Arguments that decide no logits, or that weights fit only if they are the same."""
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one == other or (isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and [*one] == [*other])

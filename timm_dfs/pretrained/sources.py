@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 PREFIXES = (*_HUB_PREFIXES, "local-dir:")
 """Prefixes with which timm takes a model's name for a Hub repository or a folder."""
 
+_OF_NAMES = ("hf-hub", "local-dir")
+"""timm's words for the source of a model whose name has a prefix."""
+
 _SOURCE_FIELDS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "architecture"}
 
 _DATA_FIELDS = {field.name for field in fields(PretrainedCfg)} - _SOURCE_FIELDS
@@ -34,10 +38,12 @@ class Weights:
     Attributes:
         cfg: timm's pretrained config: the source of the weights, and the images that they were trained on.
         model_args: Keyword arguments that the weights belong to, presets included.
+        replaced_presets: Presets of the model's own weights, in whose place the caller gave others.
     """
 
     cfg: PretrainedCfg
     model_args: dict[str, Any] = field(default_factory=dict)
+    replaced_presets: dict[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -50,7 +56,18 @@ class Weights:
         return str(cfg.file or cfg.hf_hub_id or cfg.url or "")
 
     def complete(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A model's keyword arguments: the caller's, and for the rest those that the weights belong to."""
+        """A model's keyword arguments: the caller's, and for the rest those that the weights belong to.
+
+        timm takes the arguments in a model's own config for the caller's. Presets among them are dropped, with a
+        warning, if the caller gave other weights.
+        """
+        if self.replaced_presets and kwargs.get("presets") == self.replaced_presets:
+            warnings.warn(
+                f"Dropped the presets {', '.join(self.replaced_presets)}: the weights from {self.source} are not those "
+                "they were fitted to.",
+                stacklevel=3,
+            )
+            kwargs = {key: value for key, value in kwargs.items() if key != "presets"}
         if not self.model_args:
             return kwargs
         return {**self.model_args, "pretrained_model_args": self.model_args, **kwargs}
@@ -75,8 +92,8 @@ def resolve(
 ) -> Weights:
     """The weights for a registered model, from the first of these that is there:
 
-    1. the Hub repository or folder that the model's name is (``hf-hub:``, ``local-dir:``);
-    2. a file or state dict that the caller's pretrained config names;
+    1. a file or state dict that the caller's pretrained config names;
+    2. the Hub repository or folder that the model's name is (``hf-hub:``, ``local-dir:``);
     3. the folder or Hub namespace that :data:`HUB_VARIABLE` names;
     4. this installation;
     5. the Hub repository that the model's pretrained config names.
@@ -85,7 +102,7 @@ def resolve(
     of it (``dfs_vgg7_cifar100.joint``). From the Hub only ``.safetensors`` is taken, unless the caller's overlay has
     ``hf_hub_filename``; a checkpoint so asked for is read as tensors only.
 
-    timm has read the ``config.json`` of 1 when this is called. It is read again here, also without ``pretrained``: a
+    timm has read the ``config.json`` of 2 when this is called. It is read again here, also without ``pretrained``: a
     config that was damaged on its way from the Hub is deleted from the cache and refused.
 
     Args:
@@ -108,6 +125,9 @@ def resolve(
     cfg = resolve_pretrained_cfg(variant, given_cfg, overlay)  # type: ignore[arg-type]  # a PretrainedCfg is fine too
     default = get_pretrained_cfg(variant)
     tag = None if default is not None and cfg.tag == default.tag else cfg.tag
+    own = resolve_pretrained_cfg(variant, given_cfg)  # type: ignore[arg-type]
+    if own.source in _OF_NAMES and pretrained and (overlay.get("file") or overlay.get("state_dict")):
+        return _instead(variant, own, overlay, num_exits, cache_dir)
     place = _locate(f"{variant}.{tag}" if tag else variant, cfg, overlay, pretrained, cache_dir)
     if place is None:
         return Weights(cfg)
@@ -133,6 +153,31 @@ def resolve(
     return Weights(cfg, config.get("model_args", {}))
 
 
+def _instead(
+    variant: str, own: PretrainedCfg, overlay: dict[str, Any], num_exits: NumExits, cache_dir: str | Path | None
+) -> Weights:
+    """The caller's weights for a model that is a Hub repository or a folder, of which only the config is used."""
+    place = _named(own, None, cache_dir)
+    config = _read(place)
+    check_config(config, variant, num_exits, place.where)
+    without_source = replace(own, source="", file=None, hf_hub_id=None, hf_hub_filename=None)
+    cfg = resolve_pretrained_cfg(variant, without_source, overlay)  # type: ignore[arg-type]
+    return Weights(cfg, replaced_presets=config.get("model_args", {}).get("presets") or {})
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Keyword arguments, without presets, that the weights of a registered name belong to; empty if it has none.
+
+    Args:
+        name: A registered name, perhaps with a tag. A name with a prefix has none: timm reads its config itself.
+    """
+    if name.startswith(PREFIXES):
+        return {}
+    variant, _, tag = name.partition(".")
+    weights = resolve(variant, tag or None, None, True, lambda _: None)
+    return {key: value for key, value in weights.model_args.items() if key != "presets"}
+
+
 def check_named(name: str, cache_dir: str | Path | None = None) -> None:
     """Check the ``config.json`` of a Hub repository before timm reads it; other names pass.
 
@@ -150,10 +195,8 @@ def _locate(
     name: str, cfg: PretrainedCfg, overlay: dict[str, Any], pretrained: bool, cache_dir: str | Path | None
 ) -> _Place | None:
     file = overlay.get("hf_hub_filename") or WEIGHTS_FILE
-    if cfg.source == "local-dir":  # timm finds the weights
-        return _Place(str(cfg.file), Path(str(cfg.file)) / CONFIG_FILE, None)
-    if cfg.source == "hf-hub":
-        return _on_hub(str(cfg.hf_hub_id), file if pretrained else None, cache_dir)
+    if cfg.source in _OF_NAMES:
+        return _named(cfg, file if pretrained else None, cache_dir)
     packaged = packaged_folder_of(cfg.file)
     if not pretrained or cfg.state_dict or (cfg.file and packaged is None):
         return None
@@ -165,6 +208,12 @@ def _locate(
     if cfg.hf_hub_id:
         return _on_hub(str(cfg.hf_hub_id), file, cache_dir)
     return None
+
+
+def _named(cfg: PretrainedCfg, file: str | None, cache_dir: str | Path | None) -> _Place:
+    if cfg.source == "local-dir":  # timm finds the weights
+        return _Place(str(cfg.file), Path(str(cfg.file)) / CONFIG_FILE, None)
+    return _on_hub(str(cfg.hf_hub_id), file, cache_dir)
 
 
 def _in_hub_variable(hub: str, name: str, file: str, cache_dir: str | Path | None) -> _Place:

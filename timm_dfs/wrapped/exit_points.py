@@ -25,12 +25,14 @@ class ExitPoint:
         channels: Size of its output along the channel axis.
         layout: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (tokens) or ``"NCL"``.
         reduction: Height of the image over that of the feature; 0 for tokens.
+        prefix_tokens: Number of class and register tokens before the image's tokens.
     """
 
     module: str
     channels: int
     layout: str
     reduction: int = 0
+    prefix_tokens: int = 0
 
     @property
     def dim(self) -> int:
@@ -118,7 +120,7 @@ def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) 
             is not a batch of maps or tokens.
     """
     kind = type(backbone).__name__
-    seen = _run(backbone, names, input_size)
+    seen, final = _run(backbone, names, input_size)
     order = [name for name, _ in seen]
     wrong = [f"{name} ({order.count(name)} times)" for name in names if order.count(name) != 1]
     if wrong:
@@ -132,29 +134,48 @@ def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) 
     described = family.stages is None and family.element == 0  # otherwise feature_info describes other tensors
     info = list(getattr(backbone, "feature_info", None) or []) if described else []
     known = {entry["module"]: entry["num_chs"] for entry in info if entry.get("module")}
-    return [_describe(backbone, name, shape, known, input_size) for name, shape in seen]
+    return [
+        _describe(backbone, name, shape, known, input_size, _prefix_tokens(backbone, shape, final))
+        for name, shape in seen
+    ]
 
 
-def _run(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) -> list[tuple[str, torch.Size]]:
-    """Shapes of the features at the exit points, in the order of the forward pass."""
+def _run(
+    backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]
+) -> tuple[list[tuple[str, torch.Size]], torch.Size]:
+    """Shapes of the features at the exit points, in the order of the forward pass, and of the last feature."""
     modules = dict(backbone.named_modules())
     element = family_of(backbone).element
 
-    def shapes_of(images: torch.Tensor) -> list[tuple[str, torch.Size]]:
+    def shapes_of(images: torch.Tensor) -> tuple[list[tuple[str, torch.Size]], torch.Size]:
         seen: list[tuple[str, torch.Size]] = []
         handles = [modules[name].register_forward_hook(_Probe(name, element, seen)) for name in names]
         try:
-            backbone.forward_features(images)
+            feature = backbone.forward_features(images)
         finally:
             for handle in handles:
                 handle.remove()
-        return seen
+        return seen, getattr(feature, "shape", torch.Size())  # CrossViT returns a list
 
     return on_shapes(backbone, input_size, shapes_of)
 
 
+def _prefix_tokens(backbone: nn.Module, shape: torch.Size, final: torch.Size) -> int:
+    """Number of prefix tokens in a feature of this shape; 0 before they join the image's tokens, which may be late.
+
+    CaiT's and XCiT's class token joins after all blocks, ConViT's between two of them.
+    """
+    prefix: int = getattr(backbone, "num_prefix_tokens", 0)
+    return 0 if len(shape) == len(final) == 3 and shape[1] + prefix == final[1] else prefix
+
+
 def _describe(
-    backbone: nn.Module, name: str, shape: torch.Size, known: dict[str, int], input_size: Sequence[int]
+    backbone: nn.Module,
+    name: str,
+    shape: torch.Size,
+    known: dict[str, int],
+    input_size: Sequence[int],
+    prefix_tokens: int,
 ) -> ExitPoint:
     channels_last = getattr(backbone, "output_fmt", "NCHW") in ("NHWC", "NLC")
     layout = {4: "NHWC" if channels_last else "NCHW", 3: "NLC"}.get(len(shape))
@@ -170,4 +191,4 @@ def _describe(
         )
     channels = shape[_LAYOUTS[len(shape)][layout]]
     height = {"NCHW": 2, "NHWC": 1}.get(layout)
-    return ExitPoint(name, channels, layout, input_size[1] // shape[height] if height else 0)
+    return ExitPoint(name, channels, layout, input_size[1] // shape[height] if height else 0, prefix_tokens)

@@ -28,7 +28,6 @@ def feature_head(
     kind: str,
     point: ExitPoint,
     num_classes: int,
-    prefix_tokens: int,
     pool_type: str,
     drop_rate: float,
     device: torch.device | str | None = None,
@@ -44,9 +43,8 @@ def feature_head(
             for shallow maps, else as ``"linear"``.
         point: Exit point of the head.
         num_classes: Classes; 0 for pooled features.
-        prefix_tokens: Number of class and register tokens before the image's tokens.
-        pool_type: The backbone's pooling. ``"token"``: classify the first prefix token; otherwise the average of the
-            image's tokens.
+        pool_type: The backbone's pooling. ``"token"``: classify the first prefix token where there is one; otherwise
+            the average of the image's tokens.
         drop_rate: Dropout rate before the classifier.
         device: Device of the parameters.
         dtype: Data type of the parameters.
@@ -61,7 +59,7 @@ def feature_head(
     if kind in ("conv", "wide") and point.layout in ("NLC", "NCL"):
         raise ValueError(f"head is {kind!r}, but {point.module} returns tokens; give 'linear' or 'auto'.")
     if point.layout == "NLC":
-        body = [LayerNorm(point.channels, **dd), PoolTokens(prefix_tokens, pool_type)]
+        body = [LayerNorm(point.channels, **dd), PoolTokens(point.prefix_tokens, pool_type)]
     elif point.layout == "NCL":
         body = [nn.Unflatten(2, (-1, 1))]
     elif point.layout == "NHWC":

@@ -10,7 +10,7 @@ from torch import nn
 from ..base.evaluating import BATCH, on_shapes
 from ..base.heads import Classifiers, check_num_classes
 from ..base.model import MultiExitModel, Reader, Visitor, refuse_reentrant
-from ..base.partition import Betas, Onward, Partition, beta_of_each
+from ..base.partition import JOINT, Betas, Onward, Partition, beta_of_each
 from ..base.rows import take
 from .active_samples import ActiveSamples
 from .exit_points import choose, probe, stages
@@ -28,7 +28,7 @@ class MultiExit(MultiExitModel):
     """A timm backbone with partitioned early exits; its own classifier is the last exit.
 
     The backbone keeps its weights and its code: hooks read the outputs of its modules. In eval mode ``forward`` is the
-    backbone's own, unless exits are chained. An encoder without a classifier gets one, see
+    backbone's own, unless exits are chained or referencing is off. An encoder without a classifier gets one, see
     :class:`~timm_dfs.wrapped.with_classifier.WithClassifier`.
 
     Args:
@@ -36,7 +36,8 @@ class MultiExit(MultiExitModel):
         exits: Number of exits, the last included, spread evenly over the backbone's stages; or the names of the modules
             after which the early exits are attached, shallow to deep. By default 4, or as many as there are stages.
         beta: Partition ratio in [0, 1], or a sequence with one for each early exit; ``"joint"`` for joint training.
-        referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``.
+        referencing: ``"two_sided"``, ``"one_sided"`` or ``"off"``, which hides the channels of an exit from the deeper
+            layers, so that the last exit's logits are no longer the backbone's.
         head: ``"auto"``, ``"linear"``, ``"conv"`` or ``"wide"``, see
             :func:`~timm_dfs.wrapped.feature_heads.feature_head`.
         drop_rate: Dropout rate before the early exits' classifiers.
@@ -90,7 +91,6 @@ class MultiExit(MultiExitModel):
                 head,
                 point,
                 self.num_classes,
-                getattr(backbone, "num_prefix_tokens", 0),
                 getattr(backbone, "global_pool", "avg"),
                 drop_rate,
                 parameter.device,
@@ -158,6 +158,11 @@ class MultiExit(MultiExitModel):
     def num_exits(self) -> int:
         return len(self.heads) + 1
 
+    @property
+    def _hides_channels(self) -> bool:
+        """Whether the deeper layers read zeros for a part of the channels, unlike those of the backbone alone."""
+        return self.referencing == "off" and self.beta != JOINT
+
     def walk(
         self,
         x: torch.Tensor,
@@ -182,6 +187,8 @@ class MultiExit(MultiExitModel):
 
         def at_exit(k: int, feature: torch.Tensor):  # torch.compile before 2.11 takes no return type with |
             nonlocal active_rows, points
+            if k != points:
+                raise self._missed(points)
             points += 1
             if k > deepest:  # a trace or an export cannot stop early; it drops layers whose outputs are not used
                 return feature, None
@@ -208,16 +215,21 @@ class MultiExit(MultiExitModel):
         except Stop:
             return state
         if points < len(self.heads):
-            raise RuntimeError(
-                f"This forward pass of {type(self.backbone).__name__} reached {points} of {len(self.heads)} exit "
-                "points, so logits would be missing. Choose other modules for the exits."
-            )
+            raise self._missed(points)
         if deepest == last:
             state[:] = [feature]
         if last in exits:
             logits = read(last, feature)
             visit(last, logits if active_rows is None else logits[active_rows])
         return state
+
+    def _missed(self, exit_index: int) -> ValueError:
+        return ValueError(
+            f"This forward pass of {type(self.backbone).__name__} did not reach the exit point "
+            f"{self.exit_points[exit_index]} in its turn, so that logits would be wrong. If modules of the backbone "
+            "are compiled on their own (module.compile()), which skips exit points, compile the whole network instead "
+            "(torch.compile(model)); else choose other modules for the exits."
+        )
 
     def _replay(self, exit_index: int, feature: torch.Tensor) -> tuple[Onward, None]:
         """Repeat the computation at an exit point, as gradient checkpointing requires in the backward pass."""
@@ -252,14 +264,16 @@ class MultiExit(MultiExitModel):
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Logits: of all exits in training mode, of the last exit in eval mode, see :meth:`MultiExitModel.forward`.
 
-        In eval mode they are the backbone's own, unless exits are chained.
+        In eval mode they are the backbone's own, unless exits are chained or referencing is off.
 
         Args:
             x: Images (B, in_chans, H, W).
         """
-        return super().forward(x) if self.training or self.is_chained else self.backbone(x)
+        return super().forward(x) if self.training or self.is_chained or self._hides_channels else self.backbone(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        if self._hides_channels:
+            return self.walk(x, lambda *_: None, exits=())[0]
         return self.backbone.forward_features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -267,6 +281,16 @@ class MultiExit(MultiExitModel):
         return self.backbone.forward_head(x, pre_logits=pre_logits)
 
     def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's own ``forward_intermediates``.
+
+        Raises:
+            ValueError: If referencing is off: this network's features are not the backbone's.
+        """
+        if self._hides_channels:
+            raise ValueError(
+                "referencing is 'off', so that the deeper layers read zeros for a part of the channels, which the "
+                "backbone's forward_intermediates does not; call forward_features for the last exit's feature."
+            )
         return self.backbone.forward_intermediates(x, *args, **kwargs)
 
     def get_classifier(self) -> Classifiers:
@@ -277,10 +301,14 @@ class MultiExit(MultiExitModel):
         check_num_classes(num_classes)
         self._check_last_exit_is_trained()
         self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
-        super().reset_classifier(num_classes)
+        super().reset_classifier(num_classes)  # without the pooling, which is the backbone's
+        if global_pool is None:
+            return
         for module in self.heads.modules():
-            if isinstance(module, PoolTokens) and global_pool is not None:
+            if isinstance(module, PoolTokens):
                 module.follow(global_pool)
+        if not isinstance(self.backbone, WithClassifier):  # which has one pooling only
+            self._given_args["global_pool"] = global_pool
 
     @property
     def set_input_size(self) -> Callable[..., None]:
@@ -288,6 +316,13 @@ class MultiExit(MultiExitModel):
         if not hasattr(self.backbone, "set_input_size"):
             raise AttributeError(f"{type(self.backbone).__name__} has no set_input_size.")
         return self._set_input_size
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """The image size for which timm built the backbone, and whether it takes others; timm saves both."""
+        network = self.backbone.encoder if isinstance(self.backbone, WithClassifier) else self.backbone
+        traits = getattr(network, "_traits", {})
+        return {key: value for key, value in traits.items() if key != "first_conv"}  # pretrained_cfg has it by our name
 
     def _set_input_size(self, *args: Any, **kwargs: Any) -> None:
         self.backbone.set_input_size(*args, **kwargs)

@@ -36,7 +36,46 @@ def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
 
 
 @pytest.mark.parametrize(
-    ("split", "test"), [("test", True), ("test[:9]", True), ("train[9:]", False), ("tests", False)]
+    ("fitted", "read", "directory"),
+    [
+        ("data/pets", "data/../data/pets", "."),
+        ("data/pets", "pets", "data"),
+        ("data/pets", "../data/pets", "data"),
+        ("data/pets", "link", "."),
+        ("{here}/data/pets", "../data/pets", "data"),
+        ("{here}/data/pets", "link", "."),
+        ("pets", "data/pets", "."),  # of published results
+    ],
+)
+def test_a_folder_is_the_same_by_each_of_its_paths(fitted, read, directory, tmp_path, monkeypatch):
+    for folder in ("data/pets", "pets", "other/pets"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data/pets")
+    presets = dict(fast=dict(fitted_on=dict(dataset=fitted.format(here=tmp_path), split="validation", samples=9)))
+    monkeypatch.chdir(tmp_path / directory)
+    with pytest.raises(ValueError, match="'fast' was fitted on"):
+        refuse_fitted_split(presets, read, "validation")
+    monkeypatch.chdir(tmp_path)
+    if "/" in fitted:
+        refuse_fitted_split(presets, "other/pets", "validation")  # other images in a folder of the same name
+
+
+@pytest.mark.parametrize(
+    ("split", "test"),
+    [
+        ("test", True),
+        ("test[:9]", True),
+        ("train[9:]", False),
+        ("tests", False),
+        ("train+test", True),
+        ("validation+test[:50%]", True),
+        ("train[:10]+train[20:]", False),
+    ],
 )
 def test_a_split_of_the_test_data_is_known_by_its_name(split, test):
     assert is_test(split) == test
+
+
+def test_of_torchvisions_splits_only_train_is_not_test():
+    assert is_test("validation", "torch/cifar10") and is_test("train+validation", "torch/cifar10")
+    assert not is_test("train[:9]", "torch/cifar10") and not is_test("validation", "hfds/x")

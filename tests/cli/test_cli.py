@@ -121,6 +121,47 @@ def test_predict_shows_every_exit_and_which_one_answers(checkpoint, picture):
     assert "exit 0 is taken" in shown and first["label"] in shown
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A model with a preset that has temperatures and switches an exit off, and the model's folder."""
+    torch.manual_seed(0)
+    preset = dict(thresholds=[1.0, None, 0.0], confidence="margin", temperatures=[4.0, 1.0, 0.5])
+    model = timm.create_model("dfs_vgg7_cifar100", depths=(1, 1, 1), widths=(8, 8, 8), num_classes=5).eval()
+    with torch.no_grad():
+        for head in model.heads:
+            head.fc.weight.normal_(0, 4)
+    model.presets = dict(balanced=preset)
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    timm_dfs.write_presets(model, folder)
+    return model, folder
+
+
+def test_predict_shows_the_probability_by_the_policys_temperatures(calibrated, picture, tmp_path):
+    model, folder = calibrated
+    batch = timm_dfs.data.images.prepare(model, [timm_dfs.open_image(picture)])
+    with torch.no_grad():
+        logits = torch.stack(model.forward_exits(batch))[:, 0]
+    expected = (logits / torch.tensor([[4.0], [1.0], [0.5]])).softmax(-1).amax(-1).tolist()
+    (image,) = run_json("predict", folder, picture)["images"]
+    assert [row["confidence"] for row in image["exits"]] == pytest.approx(expected, abs=1e-5)
+    assert run("predict", folder, picture, "--output", tmp_path / "o.csv").exit_code == 0
+    (row,) = csv.DictReader((tmp_path / "o.csv").open())
+    assert row["exit"] == "2" and float(row["confidence"]) == pytest.approx(expected[2], abs=1e-5)
+
+
+def test_predict_counts_no_head_of_an_exit_that_is_switched_off(calibrated, picture):
+    model, folder = calibrated
+    (image,) = run_json("predict", folder, picture)["images"]
+    assert image["exit"] == 2 and image["flops"] == timm_dfs.exit_flops(model, lazy=True, heads=(0, 2))[2]
+
+
+def test_predict_refuses_classifiers_that_the_weights_do_not_have(calibrated, picture):
+    args = "predict", calibrated[1], picture, "--thresholds", "0.5,0.5,0"
+    with pytest.warns(UserWarning, match="Dropped the presets"):
+        assert_one_line(run(*args, "--model-kwargs", "num_classes=7"), "5 classes", "7", "--checkpoint")
+    assert run(*args, "--model-kwargs", "num_classes=5").exit_code == 0
+
+
 def test_eval_gives_every_exit_s_accuracy_and_cost(checkpoint, pictures):
     args = "eval", "dfs_vgg7_cifar100", "--dataset", f"hfds/{pictures}", "--checkpoint", checkpoint, "--workers", 0
     data = run_json(*args)

@@ -11,6 +11,7 @@ from helpers import tiny_vgg
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from timm_dfs.cli.source import DataOptions
 from timm_dfs.data.datasets import (
     class_indices,
     class_names,
@@ -19,7 +20,7 @@ from timm_dfs.data.datasets import (
     open_dataset,
     training_classes,
 )
-from timm_dfs.data.images import labels_of
+from timm_dfs.data.images import labels_of, prepare
 from timm_dfs.training.run import TrainingRun
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -114,6 +115,17 @@ def test_an_empty_slice_is_refused(folder):
         open_dataset("", folder, "train[500:]")
 
 
+def test_a_slice_of_a_folder_that_lacks_classes_is_warned_of(folder, cifar10, recwarn):
+    with pytest.warns(UserWarning, match=r"validation\[:50%\] has images of only 3 of the folder's 5 classes"):
+        dataset_loader(tiny_vgg(), "", folder, "validation[:50%]", workers=0)
+    with pytest.warns(UserWarning, match="only 1 of the folder's 5"):
+        dataset_loader(tiny_vgg(), "torch/folder", folder, "validation[:2]", workers=0)
+    recwarn.clear()
+    dataset_loader(tiny_vgg(), "", folder, "validation[2:-2]", workers=0)  # of each class
+    dataset_loader(timm.create_model("dfs_vgg7_cifar100", num_classes=10), "torch/cifar10", cifar10, "train[:2]")
+    assert not [warning for warning in recwarn if "folder's" in str(warning.message)]
+
+
 def test_a_root_of_class_folders_is_a_split_when_asked_for(folder):
     assert len(open_dataset("", f"{folder}/train", ".")) == 20
     assert len(open_dataset("", f"{folder}/train", ".[5:]")) == 15
@@ -147,6 +159,48 @@ def test_a_split_that_lacks_classes_keeps_the_others_numbers(tmp_path):
     model.pretrained_cfg["label_names"] = CLASSES
     ((_, targets),) = dataset_loader(model, "", root, "test", workers=0)  # by the model's names
     assert targets.tolist() == [1, 4]
+
+
+def test_numbers_that_name_folders_are_not_taken_for_the_numbers_of_classes(tmp_path):
+    root = write_folder(tmp_path, ["train"], classes="12345", images=1)
+    write_folder(tmp_path, ["val"], classes="1234", images=1)
+    ((_, targets),) = dataset_loader(tiny_vgg(), "", root, "val", workers=0)
+    assert targets.tolist() == [0, 1, 2, 3]
+
+
+def test_folders_that_the_training_split_lacks_are_named_in_a_warning(folder, tmp_path, recwarn):
+    write_folder(tmp_path, ["train"])
+    root = write_folder(tmp_path, ["val"], classes=("ant", "yak", "bee", "fox"), images=1)
+    classes = training_classes(dict(data_dir=root))
+    with pytest.warns(UserWarning, match="images of 'fox', 'yak' are left out"):
+        ((_, targets),) = dataset_loader(tiny_vgg(), "", root, "val", workers=0, class_map=classes)
+    assert targets.tolist() == [0, 1]
+    recwarn.clear()
+    dataset_loader(tiny_vgg(), "", folder, "validation", workers=0, class_map=classes)
+    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
+
+
+def test_torchvisions_classes_are_numbered_by_the_models_names(cifar10):
+    model = tiny_vgg(num_classes=10)
+    model.pretrained_cfg["label_names"] = tuple(f"c{9 - i}" for i in range(10))
+    ((_, targets),) = dataset_loader(model, "torch/cifar10", cifar10, "train", workers=0)
+    assert targets.tolist() == [9, 8, 7, 6, 5]
+    ((_, targets),) = dataset_loader(model, "torch/cifar10", cifar10, "train[3:]", workers=0)
+    assert targets.tolist() == [6, 5]
+
+
+def test_other_names_than_the_models_are_warned_of(folder, cifar10, recwarn):
+    model = tiny_vgg(num_classes=10)
+    model.pretrained_cfg["label_names"] = (*(f"c{i}" for i in range(9)), "ship")
+    with pytest.warns(UserWarning, match="other names of classes than the model, e.g. 'c9' for 'ship', its class 9"):
+        dataset_loader(model, "torch/cifar10", cifar10, "train", workers=0)
+    model = tiny_vgg()
+    model.pretrained_cfg["label_names"] = ("ant", "bee", "cow", "dog", "eel")
+    with pytest.warns(UserWarning, match="e.g. 'cat' for 'cow', its class 2"):
+        dataset_loader(model, "", folder, "validation", workers=0)
+    recwarn.clear()
+    dataset_loader(model, "", folder, "validation", workers=0, class_map={name: i for i, name in enumerate(CLASSES)})
+    assert not [warning for warning in recwarn if "other names" in str(warning.message)]  # the numbers were given
 
 
 def test_folders_of_imagenets_synsets_have_imagenets_numbers(tmp_path, recwarn):
@@ -217,6 +271,28 @@ def test_images_of_a_one_channel_model_are_grey(folder):
     model = tiny_vgg(in_chans=1)
     ((images, _),) = dataset_loader(model, "", folder, "validation", workers=0)
     assert images.shape == (20, 1, 32, 32)
+    with pytest.raises(ValueError, match="image_mode is 'RGB', but the model takes 1 channels"):
+        dataset_loader(model, "", folder, "validation", workers=0, image_mode="RGB")
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        lambda model: None,
+        lambda model: DataOptions(img_size=48).prepare(model),
+        lambda model: follow_run(model, run(None, in_chans=1)),
+        lambda model: follow_run(model, run(None, in_chans=1, img_size=48)),
+    ],
+)
+def test_a_one_channel_model_gets_the_mean_of_three_channels(prepared, folder):
+    model = tiny_vgg(in_chans=1)
+    mean, std = (sum(model.pretrained_cfg[key]) / 3 for key in ("mean", "std"))
+    prepared(model)
+    picture = Image.new("RGB", (48, 48), (0, 0, 0))
+    ((images, _),) = dataset_loader(model, "", folder, "validation", workers=0)
+    for black in (images[0], prepare(model, [picture])[0]):  # ant/0.png is black
+        assert black.shape[0] == 1 and torch.allclose(black, torch.tensor(-mean / std))
+    assert torch.stack(model.eval().forward_exits(images)).isfinite().all()
 
 
 def test_drawn_samples_are_the_same_each_time_and_of_the_slice(folder):

@@ -91,3 +91,9 @@ def test_a_one_channel_model_gets_one_channel():
     model.pretrained_cfg["input_size"] = (1, 32, 32)
     model.pretrained_cfg["mean"], model.pretrained_cfg["std"] = (0.5,), (0.25,)
     assert prepare(model, [Image.new("RGB", (32, 32))]).shape == (1, 1, 32, 32)
+
+
+def test_a_model_of_four_channels_gets_no_picture():
+    model = timm.create_model("dfs_vgg7_cifar100", in_chans=4)
+    with pytest.raises(ValueError, match="takes 4 channels; only RGB and grey"):
+        prepare(model, [Image.new("RGB", (32, 32))])

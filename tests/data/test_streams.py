@@ -138,3 +138,15 @@ def test_a_stream_of_the_hubs_library_refuses_a_split_that_it_lacks_and_a_slice(
         dataset_loader(tiny_vgg(), f"hfids/{parquet}", None, "test", **columns)
     with pytest.raises(ValueError, match="a stream cannot be sliced"):
         dataset_loader(tiny_vgg(), f"hfids/{parquet}", None, "validation[:5]", **columns)
+
+
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+def test_classes_of_the_hubs_library_are_numbered_by_the_models_names(parquet, kind):
+    columns = dict(input_key="image", target_key="label", num_samples=20 if kind == "hfids" else None)
+    model = tiny_vgg()
+    for names in (CLASSES, tuple(reversed(CLASSES))):
+        model.pretrained_cfg["label_names"] = names
+        loader = dataset_loader(model, f"{kind}/{parquet}", None, "validation", workers=1, batch_size=3, **columns)
+        found = torch.cat([targets for _, targets in loader]).tolist()
+        assert sorted(map(names.__getitem__, found)) == sorted(CLASSES * 4)
+        assert found[0] == names.index("ant")

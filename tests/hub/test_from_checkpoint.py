@@ -187,9 +187,50 @@ def test_an_export_that_fails_leaves_the_old_folder(checkpoint, tmp_path):
     assert {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "files", [("last.pth.tar", "args.yaml"), ("config.json", "model.safetensors"), ("notes/a.txt",)]
+)
+def test_a_folder_that_an_export_did_not_make_is_kept(files, checkpoint, tmp_path):
+    for file in files:
+        (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / file).write_text("the only copy")
+    refused = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0)
+    assert refused.exit_code == 2 and "exist yet" in " ".join(refused.stderr.split())
+    assert [(tmp_path / "mine" / file).read_text() for file in files] == ["the only copy"] * len(files)
+
+
+def test_an_exported_folder_to_which_a_file_was_added_is_kept(checkpoint, tmp_path):
+    (tmp_path / "mine").mkdir()  # an empty folder is written into
+    assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
+    (tmp_path / "mine" / "notes.txt").write_text("the only copy")
+    with pytest.raises(ValueError, match=r"it holds notes\.txt\."):  # before anything is measured
+        export.export(hub.load(f"local-dir:{tmp_path / 'mine'}"), tmp_path / "mine", None, "validation", "test", {})
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "the only copy"
+
+
+def test_an_export_keeps_a_folder_beside_it_and_what_others_may_read(checkpoint, tmp_path):
+    (tmp_path / "mine.new").mkdir()
+    (tmp_path / "mine.new" / "last.pth.tar").write_text("the only copy")
+    assert run("export-hub", checkpoint, "--output", tmp_path / "mine", "--workers", 0).exit_code == 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine", "mine.new"]
+    assert (tmp_path / "mine.new" / "last.pth.tar").read_text() == "the only copy"
+    assert (tmp_path / "mine").stat().st_mode == (tmp_path / "mine.new").stat().st_mode
+
+
 def test_thresholds_are_not_fixed_on_the_test_split(checkpoint, tmp_path):
     refused = run("export-hub", checkpoint, "--output", tmp_path / "mine", "--split", "test")
     assert refused.exit_code == 2 and "held out of training" in refused.stderr and not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(("trained", "warned"), [("validation[3:]", True), ("validation[:6]", False)])
+def test_thresholds_fixed_on_images_of_training_are_warned_of(trained, warned, checkpoint, tmp_path, recwarn):
+    record = torch.load(checkpoint, weights_only=False)
+    record["args"].train_split = trained
+    torch.save(record, tmp_path / "last.pth.tar")
+    options = ("--split", "validation[6:]", "--workers", 0)
+    done = run("export-hub", tmp_path / "last.pth.tar", "--output", tmp_path / "mine", *options)
+    assert done.exit_code == 0, done.output
+    assert any(f"shares images with {trained}" in str(warning.message) for warning in recwarn) is warned
 
 
 def test_the_presets_results_are_what_the_shipped_network_does(checkpoint, tmp_path, data):

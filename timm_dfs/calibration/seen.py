@@ -50,7 +50,7 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
     """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set.
 
     A folder ``/data/cifar100``, or ``cifar100``, is taken for a copy of the Hub's ``uoft-cs/cifar100``, because it is
-    called like it.
+    called like it. A folder that exists is the same by each of its paths.
     """
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
@@ -62,11 +62,19 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
             )
 
 
-def _same_data(first: str, second: str) -> bool:
+def located(dataset: str) -> str:
+    """A data set's name; of a folder that exists its absolute path, which is the same from every directory."""
+    return str(Path(dataset).resolve()) if dataset and Path(dataset).is_dir() else dataset
+
+
+def _same_data(fitted: str, read: str) -> bool:
     """Whether two names mean one data set: the same name, or its last part, if the places differ."""
-    if _place(first) == _place(second):
-        return first == second
-    return Path(first).name.casefold() == Path(second).name.casefold()
+    if _place(fitted) != "not told":  # a folder of that name here may be another one
+        fitted = located(fitted)
+    read = located(read)
+    if _place(fitted) == _place(read):
+        return fitted == read
+    return Path(fitted).name.casefold() == Path(read).name.casefold()
 
 
 def _place(name: str) -> str:
@@ -75,11 +83,11 @@ def _place(name: str) -> str:
 
 
 def is_test(split: str, dataset: str = "") -> bool:
-    """Whether a split, e.g. ``"test"`` or ``"test[:500]"``, is of the test data, on which nothing may be chosen.
+    """Whether a split, e.g. ``"test"`` or ``"train+test[:500]"``, has test data, on which nothing may be chosen.
 
     Args:
-        split: Name of the split, perhaps with a slice.
+        split: Name of the split, perhaps with a slice, or several joined by ``+``.
         dataset: timm's name of the data set. Of torchvision's, timm reads the test images for every split but train.
     """
-    name = split.partition("[")[0]
-    return name == "test" or (dataset.lower().startswith("torch/") and name not in ("train", "training"))
+    names = {part.partition("[")[0].strip() for part in split.split("+")}
+    return "test" in names or (dataset.lower().startswith("torch/") and not names <= {"train", "training"})

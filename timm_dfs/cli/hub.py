@@ -90,7 +90,7 @@ def export_checkpoint(
     Thresholds are fixed on --split, by default the run's validation split, and measured on --test.
     """
     run = read_run(checkpoint)
-    where = data.where(str(checkpoint))
+    where = data.where(str(checkpoint), default_split=None)
     held_out = where.pop("split")
     if held_out == test or is_test(held_out, where["dataset"]):
         raise ValueError(

@@ -15,6 +15,7 @@ from timm.data import resolve_data_config
 
 from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
+from ..data.images import adapted
 from ..data.overlap import overlap
 from ..data.shards import WHOLE, Shard, launched_processes
 from ..training.run import read_run
@@ -66,8 +67,8 @@ class DataOptions:
         """Arguments of the loader, see :func:`data_of`."""
         given = {key: getattr(self, key) for key in ("dataset", "split", "input_key", "target_key", "class_map")}
         where = data_of(model_name, default_split, processes, root=self.data_dir, **given)
-        if default_split is None:  # of calibrate, whose split is to be held out of training
-            _warn_of_training_images(model_name, where)
+        if default_split is None:  # of calibrate and export-hub, whose split is to be held out of training
+            warn_of_training_images(model_name, where)
         return where
 
     def prepare(self, model: MultiExitModel) -> None:
@@ -90,7 +91,7 @@ class DataOptions:
             ) from None
         if config["input_size"][0] != model.in_chans:
             raise ValueError(f"--input-size is {self.input_size}; the model takes {model.in_chans} channels.")
-        model.pretrained_cfg.update(config)
+        model.pretrained_cfg.update(adapted(config, model.in_chans))
 
 
 _PREPARATION = ("input_size", "img_size", "mean", "std", "crop_pct", "interpolation")
@@ -160,7 +161,7 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
     return data
 
 
-def _warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
+def warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
     run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
     trained = run.get("train_split")
     if trained and (run.get("dataset") or "") == where["dataset"] and overlap(trained, where["split"]):

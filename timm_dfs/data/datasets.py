@@ -4,18 +4,21 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset, Subset
+from torchvision.datasets import ImageFolder
 
 from ..base.model import MultiExitModel
 from ..training.run import TrainingRun
-from .images import data_config, labels_of
+from .images import adapted, data_config, given_labels
 from .shards import WHOLE, Shard
 
 if TYPE_CHECKING:
@@ -166,7 +169,7 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
         ValueError: If ``train.py`` validated the run in a way that is not reproduced here.
     """
     run.check_reproducible()
-    config = resolve_data_config(run.arguments, model=model)
+    config = adapted(resolve_data_config(run.arguments, model=model), model.in_chans)
     config["crop_mode"] = "center"  # train.py passes no other to its validation
     model.pretrained_cfg.update(config)
     names = class_names(training_classes(run.arguments))
@@ -231,7 +234,8 @@ def dataset_loader(
 
     A folder of class folders is numbered by ``class_map``; else by the model's class names, where all folders have
     such a name; for a model of 1,000 classes by ImageNet-1k's synsets, where all folders are named so; and then by the
-    training split beside it. So a split that lacks a class keeps the others' numbers.
+    training split beside it. So a split that lacks a class keeps the others' numbers. Any other data set whose classes
+    all have a name among the model's is numbered by these, too; without ``class_map``, other names cause a warning.
 
     Args:
         model: The model that is to be evaluated.
@@ -242,14 +246,19 @@ def dataset_loader(
     Other arguments as for :func:`open_dataset`.
 
     Raises:
-        ValueError: If the data set is empty, its first sample cannot be read, or it is a stream and samples are to be
-            drawn or divided among processes.
+        ValueError: If the data set is empty, its first sample cannot be read, the images have another number of
+            channels than the model takes, or it is a stream and samples are to be drawn or divided among processes.
     """
     config = data_config(model)
+    image_mode = image_mode or ("L" if model.in_chans == 1 else "RGB")
+    if Image.getmodebands(image_mode) != model.in_chans:
+        raise ValueError(
+            f"image_mode is {image_mode!r}, but the model takes {model.in_chans} channels; give a mode of as many."
+        )
     options: dict[str, Any] = dict(
         input_key=input_key,
         target_key=target_key,
-        image_mode=image_mode or ("L" if model.in_chans == 1 else "RGB"),
+        image_mode=image_mode,
         batch_size=batch_size,
         num_samples=num_samples,
         trust_remote_code=trust_remote_code,
@@ -260,11 +269,15 @@ def dataset_loader(
             f"{dataset!r} is a stream, which cannot be divided among {shard.processes} processes to the last sample; "
             "start one process, or give hfds/ or a folder."
         )
-    by_name = False
+    given, by_name = class_map is not None, False
     try:
-        if not dataset and class_map is None:
+        if not dataset and not given:
             class_map, by_name = _known_classes(model, root, split)
         data = open_dataset(dataset, root, split, class_map=class_map, **options)
+        subset = data if isinstance(data, Subset) else None
+        whole: Any = data if subset is None else subset.dataset
+        if dataset and not given:
+            by_name = _number_by_name(model, whole)
         if stream:  # another one is tried: a reader that was iterated here would give each worker all of its shards
             next(iter(open_dataset(dataset, root, split, class_map=class_map, **options)))
         else:
@@ -274,10 +287,13 @@ def dataset_loader(
             f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "
             f"{input_key!r} and {target_key!r} ({type(error).__name__}: {error}): give those it has."
         ) from error
+    where = f"{dataset or root}, split {split}"
     if not by_name:
-        _warn_of_other_classes(model, class_indices(data), f"{dataset or root}, split {split}")
-    subset = data if isinstance(data, Subset) else None
-    whole: Any = data if subset is None else subset.dataset
+        _warn_of_other_classes(model, class_indices(data), where, by_names=not given)
+    if not dataset and given:
+        _warn_of_images_left_out(class_indices(open_dataset("", root, split, input_key)), class_indices(data), where)
+    if subset is not None:
+        _warn_of_a_slice_without_classes(subset, where)
     loader = create_loader(
         whole,  # its transform is set
         input_size=config["input_size"],
@@ -339,9 +355,8 @@ def _known_classes(model: MultiExitModel, root: str | None, split: str) -> tuple
     """
     own = class_indices(open_dataset("", root, split))
     synsets = ImageNetInfo().label_names() if model.num_classes == 1000 else []
-    for known in (labels_of(model), synsets):
-        times = Counter(known)
-        names = {name: index for index, name in enumerate(known) if times[name] == 1}
+    for known in (given_labels(model), synsets):
+        names = _unique(known)
         if own and own.keys() <= names.keys():
             return names, True
     try:
@@ -351,10 +366,64 @@ def _known_classes(model: MultiExitModel, root: str | None, split: str) -> tuple
     return (training if own and training and own.keys() <= training.keys() else own), False
 
 
-def _warn_of_other_classes(model: MultiExitModel, indices: Mapping[str, int] | None, where: str) -> None:
-    if indices and len(set(indices.values())) != model.num_classes:
+def _number_by_name(model: MultiExitModel, data: Any) -> bool:
+    """Number a data set's classes as the model does, if it has a name for each; return whether it has."""
+    own, names = class_indices(data), _unique(given_labels(model))
+    if not own or not own.keys() <= names.keys():
+        return False
+    numbers = {index: names[name] for name, index in own.items()}
+    if any(index != number for index, number in numbers.items()):
+        data.target_transform = numbers.__getitem__  # timm's and torchvision's data sets call it
+    return True
+
+
+def _unique(names: Sequence[str]) -> dict[str, int]:
+    """Index of each name that one class alone has."""
+    times = Counter(names)
+    return {name: index for index, name in enumerate(names) if times[name] == 1}
+
+
+def _warn_of_other_classes(
+    model: MultiExitModel, indices: Mapping[str, int] | None, where: str, by_names: bool
+) -> None:
+    if not indices:
+        return
+    labels, count = given_labels(model), len(set(indices.values()))
+    if count != model.num_classes:
         warnings.warn(
-            f"The model predicts {model.num_classes} classes, but {where} has {len(set(indices.values()))}: accuracy "
-            "means nothing unless the first of them are the same.",
+            f"The model predicts {model.num_classes} classes, but {where} has {count}: accuracy means nothing unless "
+            "the first of them are the same.",
+            stacklevel=3,
+        )
+    elif by_names and labels and indices != {str(i): i for i in range(count)}:  # numbers name nothing
+        other = [(index, name) for name, index in indices.items() if labels[index] != name]
+        if other:
+            index, name = min(other)
+            warnings.warn(
+                f"{where} has other names of classes than the model, e.g. {name!r} for {labels[index]!r}, its class "
+                f"{index}: accuracy means nothing unless they mean the same.",
+                stacklevel=3,
+            )
+
+
+def _warn_of_images_left_out(own: Mapping[str, int] | None, indices: Mapping[str, int] | None, where: str) -> None:
+    if own and indices and (unknown := sorted(own.keys() - indices.keys())):
+        warnings.warn(
+            f"{where}: images of {', '.join(map(repr, unknown[:5]))}{', …' if len(unknown) > 5 else ''} are left out, "
+            "because the class map, or the training split that numbers the classes, has no such class.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_a_slice_without_classes(subset: Subset, where: str) -> None:
+    """Warn of classes that a folder has and a slice of it lacks: its images are in the order of their classes."""
+    reader = getattr(subset.dataset, "reader", subset.dataset)
+    if not isinstance(reader, ReaderImageFolder | ImageFolder):
+        return
+    classes, there = {target for _, target in reader.samples}, {reader.samples[i][1] for i in subset.indices}
+    if there != classes:
+        warnings.warn(
+            f"{where} has images of only {len(there)} of the folder's {len(classes)} classes, because a folder is "
+            "sorted by class; to divide a folder, make a folder of each part.",
             stacklevel=3,
         )

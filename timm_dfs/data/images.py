@@ -53,27 +53,42 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
+def adapted(config: dict, channels: int) -> dict:
+    """timm's preparation of images for a number of channels; other numbers of means and deviations are averaged.
+
+    So do timm's loaders, hence ``train.py`` with ``--in-chans 1``.
+    """
+    values = {
+        key: config[key] if len(config[key]) == channels else (sum(config[key]) / len(config[key]),) * channels
+        for key in ("mean", "std")
+    }
+    return dict(config, input_size=(channels, *config["input_size"][1:]), **values)
+
+
 def data_config(model: MultiExitModel) -> dict:
     """timm's preparation of images for ``model``, whose number of channels may have been changed."""
-    config = resolve_model_data_config(model)
-    if config["input_size"][0] != model.in_chans:
-        if model.in_chans != 1:
-            raise ValueError(
-                f"The model takes {model.in_chans} channels; only RGB and grey images can be prepared for it."
-            )
-        grey = {key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}
-        config = dict(config, input_size=(1, *config["input_size"][1:]), **grey)
-    return config
+    return adapted(resolve_model_data_config(model), model.in_chans)
+
+
+def given_labels(model: MultiExitModel) -> tuple[str, ...]:
+    """Names of the classes; none unless the ``pretrained_cfg`` has as many as the model has classes."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return tuple(names) if len(names) == model.num_classes else ()
 
 
 def labels_of(model: MultiExitModel) -> tuple[str, ...]:
     """Names of the classes; their numbers unless the ``pretrained_cfg`` has as many names as the model has classes."""
-    names = model.pretrained_cfg.get("label_names") or ()
-    return tuple(names if len(names) == model.num_classes else map(str, range(model.num_classes)))
+    return given_labels(model) or tuple(map(str, range(model.num_classes)))
 
 
 def prepare(model: MultiExitModel, images: list[Image.Image]) -> torch.Tensor:
-    """Make a batch (B, C, H, W) of RGB images, resized, cropped and normalised for ``model``, on its device."""
+    """Make a batch (B, C, H, W) of RGB images, resized, cropped and normalised for ``model``, on its device.
+
+    Raises:
+        ValueError: If the model takes another number of channels than 1 or 3.
+    """
+    if model.in_chans not in (1, 3):
+        raise ValueError(f"The model takes {model.in_chans} channels; only RGB and grey images can be prepared for it.")
     config = data_config(model)
     transform = create_transform(**config, is_training=False)
     if model.in_chans == 1:

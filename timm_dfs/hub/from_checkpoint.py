@@ -4,7 +4,7 @@ Thresholds are fitted on a held-out split; the test split is only measured. The 
 the exported file, in half precision.
 """
 
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,13 @@ from ..evaluation.flops import Costs
 from ..evaluation.machine import processor, threads
 from ..inference.ensemble import ensemble_logits
 from ..models.dfs_twins import BASES, PREFIX
+from ..pretrained.packaged import CONFIG_FILE
+from ..pretrained.runs import complete_args
 from ..training.run import TrainingRun
 from ..version import __version__
 from . import folder as hub
 from .card import write_card
+from .publish import FILES
 
 _SETTINGS = (
     "opt",
@@ -70,7 +73,7 @@ Split = tuple[torch.Tensor, torch.Tensor]
 
 def trained_model(run: TrainingRun, checkpoint: Path) -> MultiExitModel:
     """Model of a checkpoint, with its weights, image preparation and class names."""
-    model = hub.load(run.model, pretrained_cfg_overlay=dict(file=str(checkpoint)), **run.model_args)
+    model = hub.load(run.model, pretrained_cfg_overlay=dict(file=str(checkpoint)), **complete_args(run))
     follow_run(model, run)
     return model
 
@@ -93,7 +96,7 @@ def export(
 
     Args:
         model: The network.
-        folder: The folder to write.
+        folder: The folder to write; one that exists must be empty or hold an exported model, which is replaced.
         collect: Function from the exported network and a split's name to logits (E, N, C) and targets (N,).
         held_out: The split that thresholds are fitted on.
         test: The split that is measured on.
@@ -105,54 +108,74 @@ def export(
         max_accuracy_drops: Drops in accuracy, percentage points, of further presets.
         confidence_level: Probability of a bound on each preset's drop, from half of the held-out samples; ``None`` for
             presets without bounds, fitted on all of them.
+
+    Raises:
+        ValueError: If the folder holds anything else than an exported model.
     """
+    _check_replaceable(folder)
     model.pretrained_cfg["tag"] = tag
-    new = folder.with_name(folder.name + ".new")
-    if new.exists():
-        shutil.rmtree(new)  # left by an interrupted export
-    hub.write_weights(model, new)
-    shipped = hub.load(f"local-dir:{new}")
-    costs = Costs(model)
-    lazy = costs.of_exits(lazy=True)
-    val, tested = collect(shipped, held_out), collect(shipped, test)
-    fitted_on, bounded_on = (val, None) if confidence_level is None else halves(val)
-    halved = {} if bounded_on is None else dict(fitted_on=len(fitted_on[1]), bounded_on=len(bounded_on[1]))
-    points = operating_points(
-        fitted_on,
-        lazy,
-        by,
-        ensemble,
-        budgets=budgets,
-        max_accuracy_drops=max_accuracy_drops,
-        held_out=bounded_on,
-        confidence_level=confidence_level or 0.95,
-        dataset=facts["dataset"],
-        split=held_out,
-    )
-    model.presets = {name: point.preset() for name, point in points.items()}
-    hub.write_weights(model, new)
-    curve = budgeted_batch(val, tested, lazy)
-    results = dict(
-        model=hub.full_name(model),
-        flops=costs.of_exits(),
-        flops_lazy=lazy,
-        last_exit_flops=costs.of_last_exit_alone(),
-        golden_logits=hub.golden_logits(shipped),
-        largest_losses=NAMED,
-        held_out=dict(split=held_out, **accuracy(val), **halved),
-        test=dict(
-            split=test,
-            **accuracy(tested),
-            presets={name: measured(point, tested, lazy) for name, point in points.items()},
-            budgeted_batch=[dict(average_flops=p.average_flops, top1=p.accuracy) for p in curve],
-        ),
-        **facts,
-    )
-    hub.write_results(new, results)
-    if folder.exists():
-        shutil.rmtree(folder)
-    new.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        new = Path(beside) / "new"
+        hub.write_weights(model, new)
+        shipped = hub.load(f"local-dir:{new}")
+        costs = Costs(model)
+        lazy = costs.of_exits(lazy=True)
+        val, tested = collect(shipped, held_out), collect(shipped, test)
+        fitted_on, bounded_on = (val, None) if confidence_level is None else halves(val)
+        halved = {} if bounded_on is None else dict(fitted_on=len(fitted_on[1]), bounded_on=len(bounded_on[1]))
+        points = operating_points(
+            fitted_on,
+            lazy,
+            by,
+            ensemble,
+            budgets=budgets,
+            max_accuracy_drops=max_accuracy_drops,
+            held_out=bounded_on,
+            confidence_level=confidence_level or 0.95,
+            dataset=facts["dataset"],
+            split=held_out,
+        )
+        model.presets = {name: point.preset() for name, point in points.items()}
+        hub.write_weights(model, new)
+        curve = budgeted_batch(val, tested, lazy)
+        results = dict(
+            model=hub.full_name(model),
+            flops=costs.of_exits(),
+            flops_lazy=lazy,
+            last_exit_flops=costs.of_last_exit_alone(),
+            golden_logits=hub.golden_logits(shipped),
+            largest_losses=NAMED,
+            held_out=dict(split=held_out, **accuracy(val), **halved),
+            test=dict(
+                split=test,
+                **accuracy(tested),
+                presets={name: measured(point, tested, lazy) for name, point in points.items()},
+                budgeted_batch=[dict(average_flops=p.average_flops, top1=p.accuracy) for p in curve],
+            ),
+            **facts,
+        )
+        hub.write_results(new, results)
+        if folder.exists():
+            folder.rename(Path(beside) / "old")
+        new.rename(folder)
     write_card(folder)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a folder that holds anything besides an exported model."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder that does not exist yet.")
+    there = {entry.name for entry in folder.iterdir()}
+    others = sorted(there - {*FILES, hub.BASE_LICENSE_FILE})
+    if others or (there and not {CONFIG_FILE, hub.RESULTS_FILE} <= there):
+        raise ValueError(
+            f"{folder} is not a folder that 'timm-dfs export-hub' made, and would be replaced: it holds "
+            f"{', '.join(others[:5] or sorted(there))}{', …' if len(others) > 5 else ''}. Give a folder that does not "
+            "exist yet."
+        )
 
 
 def accuracy(split: Split) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def describe(logits: torch.Tensor, policy: ExitPolicy, labels: tuple[str, ...], 
         whole: Multiply-adds of the last exit alone.
     """
     k = int(policy.exit_index(logits)[0])
-    probabilities = policy.predicted(logits)[:, 0].softmax(-1)
+    probabilities = policy.probabilities(logits)[:, 0]
     share = costs[k] / whole
     best = html.escape(labels[int(probabilities[k].argmax())])
     rows = []
@@ -86,7 +86,7 @@ def page(model: MultiExitModel, name: str) -> Any:
         raise ModuleNotFoundError("The page needs the space extra: pip install 'timm-dfs[space]'.") from error
     labels = labels_of(model)
     counted = Costs(model)
-    costs, whole = counted.of_exits(lazy=True), counted.of_last_exit_alone()
+    whole = counted.of_last_exit_alone()
 
     def policy_of(point: str, threshold: float) -> ExitPolicy:
         if point == ONE_THRESHOLD:
@@ -96,7 +96,8 @@ def page(model: MultiExitModel, name: str) -> Any:
     def show(logits: torch.Tensor | None, point: str, threshold: float) -> str:
         if logits is None:
             return "Drop an image, or choose one of the examples."
-        return describe(logits, policy_of(point, threshold), labels, costs, whole)
+        policy = policy_of(point, threshold)
+        return describe(logits, policy, labels, counted.of_exits(lazy=True, heads=policy.answering), whole)
 
     def look(file: str | None, point: str, threshold: float) -> tuple[torch.Tensor | None, str]:
         if file is None:

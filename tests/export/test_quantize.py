@@ -1,11 +1,14 @@
 """int8 files keep early exit, and their thresholds suit the quantized network."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import CLASSES, images, settled, tiny_msdnet
 
 from timm_dfs import ExitPolicy
 from timm_dfs.export import export_onnx, network, to_onnx
+from timm_dfs.export.quantize import refit
 from timm_dfs.export.verify import leaving_at, mixed
 
 pytest.importorskip("onnx", reason="needs the extra deploy")
@@ -82,6 +85,61 @@ def test_thresholds_let_as_many_images_leave_as_asked():
     for confidence in ("max_prob", "margin", "entropy"):
         policy = leaving_at(ExitPolicy([0.1, 0.1, 0.0], confidence, [2.0, 1.0, 1.0]), logits, [20, 13, 17])
         assert torch.bincount(policy.exit_index(logits)).tolist() == [20, 13, 17]
+
+
+def of_confidences(*exits):
+    """Logits (E, N, 2) whose largest probabilities, above 0.5, are those given for each exit."""
+    odds = torch.tensor(exits, dtype=torch.float64).logit()
+    return torch.stack([odds, torch.zeros_like(odds)], -1).float()
+
+
+def refitted(before, after, images=64):
+    """Thresholds 0.9 and 0.8, refitted on copies of images whose confidences are given, without the warning of few."""
+    before, after = (of_confidences(*exits).repeat(1, images, 1) for exits in (before, after))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Few calibration images")
+        found = refit(ExitPolicy([0.9, 0.8, 0.0]), before, after, torch.zeros(before.shape[1]).long())
+    assert found.exit_counts[0] == found.exit_counts[1]
+    return found.thresholds
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "thresholds"),
+    [
+        (([0.95], [0.6], [0.6]), ([0.93], [0.6], [0.6]), (0.9, 0.8)),
+        (([0.95], [0.6], [0.6]), ([0.85], [0.6], [0.6]), (0.85, 0.8)),
+        (([0.7], [0.7], [0.6]), ([0.8], [0.75], [0.6]), (0.9, 0.8)),
+        (([0.7], [0.7], [0.6]), ([0.92], [0.85], [0.6]), (0.92, 0.85)),
+        (([0.95, 0.7], [0.6, 0.85], [0.6, 0.6]), ([0.95, 0.75], [0.6, 0.9], [0.6, 0.6]), (0.85, 0.8)),
+    ],
+    ids=["all leave", "all leave, less confident", "none leaves", "none leaves, more confident", "all leave at exit 1"],
+)
+def test_an_exit_where_all_or_no_images_leave_keeps_its_threshold_as_far_as_they_let_it(before, after, thresholds):
+    assert refitted(before, after)[:2] == pytest.approx(thresholds, abs=2e-5)
+
+
+def test_an_exit_whose_images_are_certain_stays_in_use_though_none_is_to_leave():
+    policy = leaving_at(ExitPolicy([0.9, 0.8, 0.0]), of_confidences([1 - 1e-9], [0.7], [0.7]), [0, 1, 0])
+    assert policy.answering == (0, 1, 2)
+
+
+def test_thresholds_that_few_images_decide_cause_a_warning():
+    logits = of_confidences([0.95] * 50 + [0.7] * 12, [0.85] * 62, [0.7] * 62)
+    targets = torch.zeros(62).long()
+    with pytest.warns(UserWarning, match=r"Few calibration images reach exit 1 \(12\);"):
+        refit(ExitPolicy([0.9, 0.8, 0.0]), logits, logits, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refit(ExitPolicy([0.9, 0.0, 0.0]), logits, logits, targets)
+        refit(ExitPolicy([0.0, 0.8, 0.0]), logits, logits, targets)
+        refit(ExitPolicy([1, 1, 0], "patience"), logits, logits, targets)
+
+
+def test_calibration_images_of_another_size_than_the_files_are_refused(model, calibration, policy, tmp_path):
+    with pytest.raises(ValueError, match="calibration images are 24 x 24 pixels, but the file takes 16 x 16"):
+        given = images(40, 24), calibration[1]
+        export_onnx(model, tmp_path / "out", policy, images=images(8, 16), calibration=given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_images_need_classes(model, policy, tmp_path):

@@ -1,6 +1,7 @@
 """Exported files predict as ``predict`` does, in ONNX Runtime, and nothing is written otherwise."""
 
 import json
+import os
 import warnings
 
 import numpy as np
@@ -251,6 +252,13 @@ def test_deeper_stages_run_on_fewer_rows(msdnet, batch, tmp_path):
     assert sizes == [len(batch), int((exits > 0).sum()), int((exits > 1).sum())]
 
 
+@pytest.mark.parametrize("thresholds", [[0.5, 0.0], [0.5, 0.5, 0.0, 2.0]])
+def test_the_router_takes_one_threshold_for_each_exit(msdnet, batch, tmp_path, thresholds):
+    run = exported(msdnet, tmp_path / "out", "half", "stages")
+    with pytest.raises(ValueError, match=rf"There are {len(thresholds)} thresholds for 3 exits"):
+        run(batch.numpy(), thresholds)
+
+
 def test_the_router_runs_without_torch_and_without_this_package(msdnet, batch, tmp_path):
     policy = spread(msdnet, batch)
     exported(msdnet, tmp_path / "out", policy, "stages")
@@ -292,6 +300,16 @@ def test_the_file_says_how_to_use_it_and_nothing_of_this_machine(msdnet, tmp_pat
     assert json.loads(facts["exit_macs"]) == timm_dfs.exit_flops(msdnet, (3, SIZE, SIZE), lazy=True)
     assert {"timm_dfs", "torch", "timm", "onnx"} <= json.loads(facts["versions"]).keys()
     assert {"interpolation", "crop_pct", "std", "last_exit_macs"} <= facts.keys()
+
+
+def test_the_preparation_in_the_file_is_that_of_the_networks_channels(tmp_path):
+    torch.manual_seed(0)
+    model = with_biases(settled(tiny_msdnet(in_chans=1)))
+    export_onnx(model, tmp_path / "out", ExitPolicy([0.5, 0.5, 0.0]), images=images(4, SIZE, channels=1))
+    facts = {prop.key: prop.value for prop in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert json.loads(facts["input_size"]) == [1, SIZE, SIZE]
+    for key in ("mean", "std"):
+        assert json.loads(facts[key]) == pytest.approx([sum(model.pretrained_cfg[key]) / 3])
 
 
 def test_a_fixed_batch_takes_no_other(msdnet, tmp_path):
@@ -349,6 +367,12 @@ def test_an_empty_folder_is_filled(msdnet, tmp_path):
     exported(msdnet, tmp_path / "out", "half")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.onnx"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_working_directory_is_filled_and_remains(msdnet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_onnx(msdnet, ".", "half", images=images(4, SIZE))
+    assert os.listdir() == ["model.onnx"]  # of the directory itself, not of another in its place
 
 
 def test_a_failed_verification_leaves_no_file(msdnet, tmp_path, monkeypatch):

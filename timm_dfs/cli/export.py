@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from ..calibration.seen import is_test
 from ..data.datasets import dataset_loader
 from ..export import Export, export_executorch, export_onnx
 from ..export.quantize import Quantization
@@ -27,7 +28,7 @@ from .base import (
     make_table,
     print_json,
 )
-from .source import InputKey, TargetKey, data_of, tracked
+from .source import InputKey, TargetKey, data_of, tracked, warn_of_training_images
 
 DYNAMIC = "dynamic"
 
@@ -101,12 +102,18 @@ def export_model(
         where = data_of(
             model_name,
             None,
-            dataset=None if folder else calibration,
+            dataset="" if folder else calibration,  # "": a folder, though the run may name a data set
             root=folder,
             split=split or ("." if folder else None),
             input_key=input_key,
             target_key=target_key,
         )
+        if is_test(where["split"], where["dataset"]):
+            raise ValueError(
+                f"--split is {where['split']}; the test split is for final figures, and int8's ranges and thresholds "
+                "are chosen on these images: give one held out of training, e.g. 'train[45000:]'."
+            )
+        warn_of_training_images(model_name, where)
         loader = dataset_loader(model, **where, batch_size=64, workers=0, samples=samples)
         images, targets = (torch.cat(parts) for parts in zip(*tracked(loader, calibration)))
         data = images, targets

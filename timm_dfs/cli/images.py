@@ -56,9 +56,10 @@ def predict_images(
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Classify images; show every exit's prediction and cost, and the exit taken.
+    """Classify images; show every exit's prediction, confidence and cost, and the exit taken.
 
-    An image that cannot be read gets its error, the others their predictions; the exit code is then 2.
+    Confidence is the prediction's probability, calibrated where the policy has temperatures. An image that
+    cannot be read gets its error, the others their predictions; the exit code is then 2.
     """
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--output is {output}; give a file that ends with .csv or .jsonl.")
@@ -66,9 +67,15 @@ def predict_images(
     if not any(file.is_file() for file in files):
         open_image(files[0])  # says so before a model is built
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    trained = model.pretrained_cfg["num_classes"]  # of the weights that were loaded
+    if trained != model.num_classes:
+        raise ValueError(
+            f"The weights have {trained} classes and the model {model.num_classes}, so its classifiers are new and "
+            "predict at random; leave num_classes out, or give weights of that many classes with --checkpoint."
+        )
     policy = choose_policy(model, preset, thresholds)
     counted = Costs(model)
-    costs, whole = counted.of_exits(lazy=True), counted.of_last_exit_alone()
+    costs, whole = counted.of_exits(lazy=True, heads=policy.answering), counted.of_last_exit_alone()
     predictions, errors = [], {}
     for start in range(0, len(files), batch_size):
         opened: list[tuple[str, Image.Image]] = []
@@ -158,10 +165,10 @@ def _show(prediction: dict[str, Any]) -> None:
 def _predictions(
     model: MultiExitModel, images: list[tuple[str, Image.Image]], policy: ExitPolicy, costs: list[int], whole: int
 ) -> list[dict[str, Any]]:
-    """Every exit's prediction for each image, and the exit taken."""
+    """Every exit's prediction for each image with its probability, by the exit's temperature, and the exit taken."""
     with evaluating(model), torch.inference_mode():
         logits = torch.stack(model.forward_exits(prepare(model, [image for _, image in images])))
-    confidence, label = policy.predicted(logits).softmax(-1).max(-1)
+    confidence, label = policy.probabilities(logits).max(-1)
     labels = labels_of(model)
     broken = logits.isnan().any(-1).any(0)
     if broken.any():
@@ -196,7 +203,7 @@ def run_demo(
     model = create(model_name, pretrained=True)
     policy = resolve_policy(model, preset)
     counted = Costs(model)
-    costs, whole = counted.of_exits(lazy=True), counted.of_last_exit_alone()
+    costs, whole = counted.of_exits(lazy=True, heads=policy.answering), counted.of_last_exit_alone()
     predictions = _predictions(model, [*images.items()], policy, costs, whole)
     speed = demo.measure(model, [*images.values()], policy, batch_size)
     mean_cost = sum(count * cost for count, cost in zip(speed.exit_counts, costs, strict=True)) / batch_size

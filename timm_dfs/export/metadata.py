@@ -8,10 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 
 from ..base.model import MultiExitModel
-from ..data.images import labels_of
+from ..data.images import data_config, labels_of
 from ..evaluation.flops import exit_flops, last_exit_flops
 from ..inference.policy import ExitPolicy
 from ..version import __version__
@@ -36,7 +35,7 @@ def describe(
         preset: Name of the preset that the policy is.
         packages: Distributions whose versions are among the facts.
     """
-    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg, verbose=False)
+    config = data_config(model)
     facts: dict[str, Any] = dict(
         architecture=model.pretrained_cfg.get("architecture"),
         tag=model.pretrained_cfg.get("tag"),

@@ -1,9 +1,11 @@
 """Static int8 quantization of a network before it is cut, and thresholds that suit the quantized network."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,12 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..inference.confidence import PATIENCE
 from ..inference.policy import ExitPolicy
 from .network import IMAGES, Network, network_of, require
 from .verify import leaving_at
 
 BATCH_SIZE = 32
 """Images a batch of calibration."""
+
+FEWEST = 30
+"""Images at an exit that are enough to choose its threshold by."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def all_logits(network: Network, images: torch.Tensor) -> torch.Tensor:
 def refit(policy: ExitPolicy, before: torch.Tensor, after: torch.Tensor, targets: torch.Tensor) -> Quantization:
     """Thresholds with which as many images leave at each exit as before quantization.
 
-    Patience counts exits, so its thresholds stay.
+    Patience counts exits, so its thresholds stay. Warns of thresholds that few images decide.
 
     Args:
         policy: The policy.
@@ -121,6 +127,8 @@ def refit(policy: ExitPolicy, before: torch.Tensor, after: torch.Tensor, targets
     counts = torch.bincount(exits, minlength=len(before)).tolist()
     new = leaving_at(policy, after, counts)
     exits_after = new.exit_index(after)
+    if policy.confidence != PATIENCE:
+        _warn_of_few(policy, exits_after)
     last = torch.full_like(exits, len(before) - 1)
     return Quantization(
         samples=len(targets),
@@ -132,6 +140,19 @@ def refit(policy: ExitPolicy, before: torch.Tensor, after: torch.Tensor, targets
         exit_counts=(tuple(counts), tuple(torch.bincount(exits_after, minlength=len(before)).tolist())),
         thresholds=new.thresholds,
     )
+
+
+def _warn_of_few(policy: ExitPolicy, exits: torch.Tensor) -> None:
+    """Warn of exits that few images reach. None comes behind a threshold of 0, at which all leave."""
+    fitted = takewhile(lambda k: policy.thresholds[k] > 0, policy.answering[:-1])
+    reached = {k: int((exits >= k).sum()) for k in fitted}
+    few = [f"exit {k} ({count})" for k, count in reached.items() if count < FEWEST]
+    if few:
+        warnings.warn(
+            f"Few calibration images reach {', '.join(few)}; choosing a threshold in int8 takes at least {FEWEST} "
+            "at each exit, so give more.",
+            stacklevel=4,
+        )
 
 
 def _top1(logits: torch.Tensor, exits: torch.Tensor, targets: torch.Tensor) -> float:

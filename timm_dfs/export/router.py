@@ -37,7 +37,10 @@ class Router:
 
     def __call__(self, images, thresholds=None):
         """Logits (B, classes) and exits (B,) of images (B, C, H, W) float32; ``thresholds``: one for each exit."""
-        thresholds = self.about["thresholds"] if thresholds is None else list(thresholds)
+        own = self.about["thresholds"]
+        thresholds = own if thresholds is None else list(thresholds)
+        if len(thresholds) != len(own):
+            raise ValueError(f"There are {len(thresholds)} thresholds for {len(own)} exits; give one for each exit.")
         thresholds = np.array([np.inf if value is None else value for value in thresholds], np.float32)
         here = {stage["exit_index"] for stage, _ in self.stages}
         highest = max(len(thresholds) - 2, 0) if self.about["confidence"] == "patience" else 1

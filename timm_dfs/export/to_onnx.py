@@ -140,6 +140,11 @@ def export_onnx(
         quantization = None
     else:
         given, targets = as_images(exported, calibration[0]), calibration[1]
+        if given.shape[2:] != images.shape[2:]:
+            raise ValueError(
+                f"The calibration images are {given.shape[2]} x {given.shape[3]} pixels, but the file takes "
+                f"{height} x {width}; prepare them at that size, or give images of their size to verify with."
+            )
         before = all_logits(network, given)
         check_data("calibration", (before, targets))
         network = quantize(network, given)
@@ -207,13 +212,19 @@ def open_session(file: Path, threads: int = 0, settings: dict[str, str] | None =
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to ``folder`` in the end; on an error, nothing remains."""
+    """A folder to write into, whose files are those of ``folder`` in the end; on an error, nothing remains."""
+    folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir()
     try:
         yield partial
-        partial.replace(folder)  # takes the place of an empty folder
+        if folder.is_dir():  # it stays, as it may be the working directory of a shell
+            for file in partial.iterdir():
+                file.replace(folder / file.name)
+            partial.rmdir()
+        else:
+            partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -132,13 +132,15 @@ def mixed(policy: ExitPolicy, logits: torch.Tensor) -> ExitPolicy:
     counts = [0] * len(logits)
     for place, k in enumerate(policy.answering):
         counts[k] = share + (place < left)
-    return leaving_at(policy, logits, counts)
+    start = [None if k not in policy.answering else 0.0 if counts[k] else 1.0 for k in range(len(logits))]
+    return leaving_at(policy.with_thresholds(start), logits, counts)
 
 
 def leaving_at(policy: ExitPolicy, logits: torch.Tensor, counts: Sequence[int]) -> ExitPolicy:
     """A policy with other thresholds, half-way between two images, by which so many images leave at each exit.
 
-    Patience keeps its thresholds.
+    Where all or none of the images that reach an exit are to leave there, they bound its threshold from one side only:
+    it stays, or is moved just as far as it must. Where none reaches it, and with patience, it stays.
 
     Args:
         policy: Its exits and confidence stay.
@@ -153,12 +155,12 @@ def leaving_at(policy: ExitPolicy, logits: torch.Tensor, counts: Sequence[int]) 
     for k in policy.answering[:-1]:
         confidence = _confidence(policy, k, logits)
         values = confidence[active & confidence.isfinite()].sort(descending=True).values.double()
-        if counts[k] == 0:
-            thresholds[k] = 1.0
-        elif counts[k] >= len(values):
-            thresholds[k] = 0.0
-        else:
+        if 0 < counts[k] < len(values):
             thresholds[k] = ((values[counts[k] - 1] + values[counts[k]]) / 2).item()
+        elif counts[k] and len(values):
+            thresholds[k] = min(thresholds[k], values[-1].item())
+        elif len(values):  # above the largest, which would leave at its own confidence
+            thresholds[k] = max(thresholds[k], min(values[0].item() + NEAR, 1.0))
         active &= ~(confidence >= thresholds[k])
     return policy.with_thresholds(thresholds)
 

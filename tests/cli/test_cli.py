@@ -155,10 +155,18 @@ def test_predict_counts_no_head_of_an_exit_that_is_switched_off(calibrated, pict
     assert image["exit"] == 2 and image["flops"] == timm_dfs.exit_flops(model, lazy=True, heads=(0, 2))[2]
 
 
-def test_predict_refuses_classifiers_that_the_weights_do_not_have(calibrated, picture):
-    args = "predict", calibrated[1], picture, "--thresholds", "0.5,0.5,0"
+@pytest.mark.parametrize("command", ["predict", "eval", "calibrate", "report"])
+def test_classifiers_that_the_weights_do_not_have_are_refused(command, calibrated, picture, tmp_path):
+    what = (
+        [picture, "--thresholds", "0.5,0.5,0"] if command == "predict" else ["--data-dir", tmp_path, "--split", "val"]
+    )
     with pytest.warns(UserWarning, match="Dropped the presets"):
-        assert_one_line(run(*args, "--model-kwargs", "num_classes=7"), "5 classes", "7", "--checkpoint")
+        refused = run(command, calibrated[1], *what, "--model-kwargs", "num_classes=7")
+    assert_one_line(refused, "5 classes", "7", "--checkpoint")
+
+
+def test_classifiers_of_as_many_classes_are_the_weights(calibrated, picture):
+    args = "predict", calibrated[1], picture, "--thresholds", "0.5,0.5,0"
     assert run(*args, "--model-kwargs", "num_classes=5").exit_code == 0
 
 

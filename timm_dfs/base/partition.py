@@ -71,6 +71,11 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+def changes_values(referencing: str | None, beta: Any) -> bool:
+    """Whether a partition decides values, and so logits, instead of gradients alone: it does without referencing."""
+    return referencing == "off" and beta not in (JOINT, None)
+
+
 def check_referencing(referencing: str) -> None:
     """Raise ``ValueError`` unless ``referencing`` is one of :data:`REFERENCING`."""
     if referencing not in REFERENCING:

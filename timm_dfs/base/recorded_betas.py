@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .chain import TOLERANCE
+from .partition import changes_values
 
 KEY = "betas_without_referencing"
 """Key of a state dict that holds the ratio of each early exit, shallow to deep."""
@@ -17,15 +18,13 @@ KEY = "betas_without_referencing"
 
 def betas_of(model: Any) -> list[float]:
     """Ratio of each early exit if they decide the logits; else none."""
-    if model.referencing != "off" or model.beta == "joint":
-        return []
-    return [partition.beta for partition in model.partitions]
+    return [partition.beta for partition in model.partitions] if changes_values(model.referencing, model.beta) else []
 
 
 def note_betas(model: Any, state_dict: dict, prefix: str, *_) -> None:
     """Add the ratios of a network without referencing to its state dict."""
     if betas := betas_of(model):
-        state_dict[prefix + KEY] = torch.tensor(betas)
+        state_dict[prefix + KEY] = torch.tensor(betas, device=next(model.parameters()).device)
 
 
 def compare_betas(model: Any, state_dict: dict, prefix: str, *_) -> None:

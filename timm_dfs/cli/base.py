@@ -152,6 +152,16 @@ def create(
     return model.eval()
 
 
+def refuse_new_classifiers(model: MultiExitModel) -> None:
+    """Raise ``ValueError`` if the weights that were loaded have no classifiers for the model's classes."""
+    trained = model.pretrained_cfg["num_classes"]  # of the weights
+    if trained != model.num_classes:
+        raise ValueError(
+            f"The weights have {trained} classes and the model {model.num_classes}, so its classifiers are new and "
+            "predict at random; leave num_classes out, or give weights of that many classes with --checkpoint."
+        )
+
+
 def as_source(name: str) -> str:
     """A model's folder by timm's name of it, ``local-dir:``; other names as they are.
 

@@ -18,7 +18,19 @@ from ..evaluation.latency import exit_latencies
 from ..evaluation.machine import processor
 from ..hub.folder import write_presets
 from ..inference.ensemble import MEAN
-from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
+from .base import (
+    AsJson,
+    Checkpoint,
+    ModelKwargs,
+    ModelName,
+    command,
+    console,
+    create,
+    make_table,
+    millions,
+    print_json,
+    refuse_new_classifiers,
+)
 from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
@@ -62,6 +74,7 @@ def calibrate(
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output is {output}; there is no folder {output.parent}.")
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    refuse_new_classifiers(model)
     data.prepare(model)
     costs = Costs(model)
     flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()

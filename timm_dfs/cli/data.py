@@ -14,7 +14,19 @@ from ..evaluation.accuracy import anytime_accuracy, calibration_error, collect_l
 from ..evaluation.flops import Costs
 from ..inference.ensemble import ensemble_logits
 from ..training.conflict import GradientConflict, gradient_conflict
-from .base import AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, make_table, millions, print_json
+from .base import (
+    AsJson,
+    Checkpoint,
+    ModelKwargs,
+    ModelName,
+    command,
+    console,
+    create,
+    make_table,
+    millions,
+    print_json,
+    refuse_new_classifiers,
+)
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 
@@ -38,6 +50,7 @@ def evaluate_model(
             warnings.simplefilter("ignore")  # the first process gives them
         where = data.where(model_name, processes=shard.processes)
         model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+        refuse_new_classifiers(model)
         data.prepare(model)
         loader = dataset_loader(model, **where, batch_size=batch_size, workers=workers, shard=shard)
         own = collect_logits(model, tracked(loader, f"{model_name} on {where['split']}", shard))

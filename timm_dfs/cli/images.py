@@ -33,6 +33,7 @@ from .base import (
     make_table,
     millions,
     print_json,
+    refuse_new_classifiers,
     saving,
 )
 
@@ -67,12 +68,7 @@ def predict_images(
     if not any(file.is_file() for file in files):
         open_image(files[0])  # says so before a model is built
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
-    trained = model.pretrained_cfg["num_classes"]  # of the weights that were loaded
-    if trained != model.num_classes:
-        raise ValueError(
-            f"The weights have {trained} classes and the model {model.num_classes}, so its classifiers are new and "
-            "predict at random; leave num_classes out, or give weights of that many classes with --checkpoint."
-        )
+    refuse_new_classifiers(model)
     policy = choose_policy(model, preset, thresholds)
     counted = Costs(model)
     costs, whole = counted.of_exits(lazy=True, heads=policy.answering), counted.of_last_exit_alone()

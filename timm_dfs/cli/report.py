@@ -17,7 +17,18 @@ from ..evaluation.bench import Timing, measure
 from ..inference.fusion import fuse
 from ..inference.prediction import resolve_policy
 from ..report import About, check_new, find, require_plots, strip, training_of, write_report
-from .base import DEFAULT_PRESET, AsJson, Checkpoint, ModelKwargs, ModelName, command, console, create, print_json
+from .base import (
+    DEFAULT_PRESET,
+    AsJson,
+    Checkpoint,
+    ModelKwargs,
+    ModelName,
+    command,
+    console,
+    create,
+    print_json,
+    refuse_new_classifiers,
+)
 from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
 
 TIMED = (1, 64)
@@ -54,6 +65,7 @@ def report(
     _check_val_split(val_split, where["split"], where["dataset"])
     training, epochs = training_of(model_name, checkpoint)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
+    refuse_new_classifiers(model)
     data.prepare(model)
     name = where["dataset"].removeprefix("hfds/") or where["root"]
     refuse_fitted_split(model.presets, name, where["split"])

@@ -13,6 +13,7 @@ from timm.models._hub import save_config_for_hf
 
 from ..base.evaluating import evaluating
 from ..base.model import MultiExitModel
+from ..base.partition import changes_values
 from ..base.presets import presets_as_json
 from ..models.dfs_twins import PREFIX
 from ..pretrained.checks import check_presets
@@ -167,8 +168,8 @@ def _computation(model_args: dict[str, Any], cfg: dict[str, Any]) -> dict[str, A
     """What decides logits and costs besides the weights: arguments of the model and preparation of images, as JSON."""
     of_training = ("presets", "beta", "referencing")
     decisive = {key: value for key, value in model_args.items() if key not in of_training and "drop" not in key}
-    if model_args.get("referencing") == "off":  # then alone does the partition change values
-        decisive.update(referencing="off", beta=model_args.get("beta"))
+    if changes_values(model_args.get("referencing"), model_args.get("beta")):
+        decisive.update({key: model_args[key] for key in ("referencing", "beta")})
     decisive.update((key, cfg[key]) for key in _OF_IMAGES if cfg.get(key) is not None)
     return json.loads(json.dumps(decisive, default=str))
 

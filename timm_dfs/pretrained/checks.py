@@ -8,6 +8,7 @@ from timm.models import get_arch_name
 from ..base.chain import KEY as CHAIN_KEY
 from ..base.model import MultiExitModel
 from ..base.objective import Objective
+from ..base.partition import changes_values
 from ..base.recorded_betas import KEY as BETAS_KEY
 from ..calibration.operating_point import check_preset
 from ..wrapped.recorded_points import KEY as EXIT_POINTS_KEY
@@ -181,7 +182,7 @@ def changed_arguments(model: MultiExitModel, trained: dict, given: dict) -> list
 
 def _decisive_beta(referencing: str | None, beta: Any) -> Any:
     """The partition ratio where it decides logits: without referencing."""
-    return beta if referencing == "off" and beta != "joint" else None
+    return beta if changes_values(referencing, beta) else None
 
 
 _OF_TRAINING = {

@@ -10,7 +10,7 @@ from torch import nn
 from ..base.evaluating import BATCH, on_shapes
 from ..base.heads import Classifiers, check_num_classes
 from ..base.model import MultiExitModel, Reader, Visitor, refuse_reentrant
-from ..base.partition import JOINT, Betas, Onward, Partition, beta_of_each
+from ..base.partition import Betas, Onward, Partition, beta_of_each, changes_values
 from ..base.rows import take
 from .active_samples import ActiveSamples
 from .exit_points import choose, probe, stages
@@ -161,7 +161,7 @@ class MultiExit(MultiExitModel):
     @property
     def _hides_channels(self) -> bool:
         """Whether the deeper layers read zeros for a part of the channels, unlike those of the backbone alone."""
-        return self.referencing == "off" and self.beta != JOINT
+        return changes_values(self.referencing, self.beta)
 
     def walk(
         self,

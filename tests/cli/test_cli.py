@@ -155,11 +155,13 @@ def test_predict_counts_no_head_of_an_exit_that_is_switched_off(calibrated, pict
     assert image["exit"] == 2 and image["flops"] == timm_dfs.exit_flops(model, lazy=True, heads=(0, 2))[2]
 
 
-@pytest.mark.parametrize("command", ["predict", "eval", "calibrate", "report"])
+@pytest.mark.parametrize("command", ["predict", "eval", "calibrate", "report", "export", "space"])
 def test_classifiers_that_the_weights_do_not_have_are_refused(command, calibrated, picture, tmp_path):
-    what = (
-        [picture, "--thresholds", "0.5,0.5,0"] if command == "predict" else ["--data-dir", tmp_path, "--split", "val"]
-    )
+    what = {
+        "predict": [picture, "--thresholds", "0.5,0.5,0"],
+        "export": ["--output", tmp_path / "exported"],
+        "space": [],
+    }.get(command, ["--data-dir", tmp_path, "--split", "val"])
     with pytest.warns(UserWarning, match="Dropped the presets"):
         refused = run(command, calibrated[1], *what, "--model-kwargs", "num_classes=7")
     assert_one_line(refused, "5 classes", "7", "--checkpoint")
@@ -303,6 +305,16 @@ def test_eval_takes_other_data_than_the_checkpoints_own(training_run, pictures):
 def test_predict_takes_a_checkpoint_for_a_model(training_run, picture):
     data = run_json("predict", training_run, picture, "--thresholds", "0.5,0.5,0")
     assert len(data["images"][0]["exits"]) == 3
+
+
+def test_a_checkpoint_of_a_twin_has_the_classes_that_it_was_trained_on(tmp_path, picture):
+    model = timm.create_model("dfs_test_resnet", num_classes=3, exits=3)
+    args = argparse.Namespace(model="dfs_test_resnet", num_classes=3, model_kwargs=dict(exits=3))
+    torch.save(dict(epoch=0, arch=args.model, args=args, state_dict=model.state_dict()), tmp_path / "last.pth.tar")
+    data = run_json("predict", tmp_path / "last.pth.tar", picture, "--thresholds", "2,2,0")
+    assert data["images"][0]["exit"] == 2
+    refused = run("predict", tmp_path / "last.pth.tar", picture, "--model-kwargs", "num_classes=4")
+    assert_one_line(refused, "3 classes", "4")
 
 
 def test_two_checkpoints_are_refused(training_run):

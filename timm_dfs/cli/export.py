@@ -1,6 +1,7 @@
 """``timm-dfs export``: files that exit early without PyTorch."""
 
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ from .base import (
     has_weights,
     make_table,
     print_json,
+    refuse_new_classifiers,
 )
 from .source import InputKey, TargetKey, data_of, tracked, warn_of_training_images
 
@@ -87,7 +89,15 @@ def export_model(
         raise ValueError("Give --int8 and --calibration together: int8 needs images to fit its ranges to.")
     if file_format == "executorch":
         _check_executorch(layout, opset, batch_size, softmax, int8)
-    model = create(model_name, has_weights(model_name), checkpoint, model_kwargs)
+    trained = has_weights(model_name)
+    model = create(model_name, trained, checkpoint, model_kwargs)
+    if trained or checkpoint is not None:
+        refuse_new_classifiers(model)
+    else:
+        warnings.warn(
+            f"{model_name} has no trained weights, so the files predict at random; give some with --checkpoint.",
+            stacklevel=2,
+        )
     chosen: ExitPolicy | str | None = None
     if layout == "last":
         if policy is not None or thresholds is not None:

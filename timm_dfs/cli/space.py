@@ -6,7 +6,7 @@ import typer
 
 from .. import demo
 from ..space import launch, page
-from .base import Checkpoint, ModelKwargs, command, create
+from .base import Checkpoint, ModelKwargs, command, create, refuse_new_classifiers
 
 
 @command("space")
@@ -17,4 +17,6 @@ def serve(
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """Serve a page where you drop an image and see the exit that it takes. No data leave this machine."""
-    launch(page(create(model_name, True, checkpoint, model_kwargs), model_name), port)
+    model = create(model_name, True, checkpoint, model_kwargs)
+    refuse_new_classifiers(model)
+    launch(page(model, model_name), port)

@@ -17,7 +17,7 @@ from ..base.partition import changes_values
 from ..base.presets import presets_as_json
 from ..models.dfs_twins import PREFIX
 from ..pretrained.checks import check_presets
-from ..pretrained.packaged import CONFIG_FILE, WEIGHTS_FILE
+from ..pretrained.packaged import CONFIG_FILE, OF_IMAGES, WEIGHTS_FILE
 from ..pretrained.sources import check_named
 
 RESULTS_FILE = "results.json"
@@ -170,8 +170,5 @@ def _computation(model_args: dict[str, Any], cfg: dict[str, Any]) -> dict[str, A
     decisive = {key: value for key, value in model_args.items() if key not in of_training and "drop" not in key}
     if changes_values(model_args.get("referencing"), model_args.get("beta")):
         decisive.update({key: model_args[key] for key in ("referencing", "beta")})
-    decisive.update((key, cfg[key]) for key in _OF_IMAGES if cfg.get(key) is not None)
+    decisive.update((key, cfg[key]) for key in OF_IMAGES if cfg.get(key) is not None)
     return json.loads(json.dumps(decisive, default=str))
-
-
-_OF_IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")

@@ -169,6 +169,8 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             refuse_other_points(model, points)
     if pretrained:
         check_last_exit(model, objective, classes_loaded)
+        if classes_loaded > 0:  # as timm does with a model's own config, which here was a copy
+            model.pretrained_cfg["num_classes"] = classes_loaded
     settle_presets(model, trained_args, kwargs)
     model.train_for(objective)
     return model

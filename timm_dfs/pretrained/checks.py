@@ -88,6 +88,8 @@ def fit_checkpoint(
         # A fine-tuned checkpoint has the model's classes, whatever the config says, so timm keeps its classifiers. With
         # a negative number in the config train.py asks for fresh ones.
         config["num_classes"] = model.num_classes
+    elif classifier is not None and 0 < config["num_classes"] != model.num_classes:
+        config["num_classes"] = len(classifier)  # what the weights have, for messages; timm makes new classifiers
     return state_dict
 
 

@@ -11,7 +11,8 @@ CONFIG_FILE = "config.json"
 BESIDE = ("num_classes", "label_names")
 """Fields of ``PretrainedCfg`` that timm writes beside it in ``config.json``, and reads from there."""
 
-_OF_IMAGES = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+OF_IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Fields of ``PretrainedCfg`` that say how images are prepared."""
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -52,7 +53,7 @@ def packaged_images(name: str) -> dict[str, Any]:
     return {
         field: tuple(value) if isinstance(value, list) else value
         for field, value in recorded.items()
-        if field in _OF_IMAGES
+        if field in (*OF_IMAGES, *BESIDE)
     }
 
 

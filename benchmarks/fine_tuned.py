@@ -12,6 +12,7 @@ images that were not trained on. Runs that the output has already are skipped.
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 
 import timm
@@ -99,9 +100,16 @@ def check_alike(folder: Path, arguments: dict, first: Path, of_first: dict) -> N
 
 
 def check_start(folder: Path, arguments: dict) -> None:
-    """Raise ``ValueError`` if a run went on from one of another setting or seed."""
+    """Raise ``ValueError`` if a run went on from one of another setting or seed; warn where that is not recorded."""
     start = arguments.get("initial_checkpoint")
-    if not start or not (file := Path(start).with_name("args.yaml")).exists():
+    if not start:
+        return
+    if not (file := Path(start).with_name("args.yaml")).exists():
+        warnings.warn(
+            f"{folder} went on from {start}, beside which there is no args.yaml: whether that run had the same setting "
+            "and seed is not known.",
+            stacklevel=2,
+        )
         return
     before = yaml.safe_load(file.read_text())
     if (setting(before), before["seed"]) != (setting(arguments), arguments["seed"]):

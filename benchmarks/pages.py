@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-DEPLOYMENT = Path(__file__).parent.parent / "docs" / "deployment.md"
+DOCS = Path(__file__).parent.parent / "docs"
+
+DEPLOYMENT, SERVING = DOCS / "deployment.md", DOCS / "serving.md"
 
 
 def put(page: Path, of: str, lines: list[str]) -> None:

@@ -65,9 +65,14 @@ def generated(root: Path) -> dict[str, str]:
     )
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     dfs, joint = results[DFS], results[JOINT]
-    settings = json.loads((root / "hub" / DFS / "config.json").read_text())["model_args"]
+    settings, fine_tuned_settings = (
+        json.loads((root / "hub" / name / "config.json").read_text())["model_args"] for name in (DFS, FINE_TUNED_DFS)
+    )
     text = template(
-        "reproduction.md.jinja", signed=lambda value: f"{value:+.2f}", percent=lambda share: f"{share:.0%}"
+        "reproduction.md.jinja",
+        signed=lambda value: f"{value:+.2f}",
+        percent=lambda share: f"{share:.0%}",
+        speed_up=lambda speeds: speeds["DFS 0.5"] / speeds["joint"],
     ).render(
         verdict=verdict,
         minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)],
@@ -91,6 +96,7 @@ def generated(root: Path) -> dict[str, str]:
         augmentation=RECIPES["randaugment"],
         over_seeds=over_seeds(of_seeds),
         shares=SHARES,
+        fine_tuned_referencing=fine_tuned_settings["referencing"],
         fine_tuned=dict(dfs=fine_tuned[FINE_TUNED_DFS], joint=fine_tuned[FINE_TUNED_JOINT]),
         distill_weight=SETTINGS["joint, distilled"]["distill_weight"],
         speeds=speeds,

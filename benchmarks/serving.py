@@ -21,7 +21,7 @@ import onnxruntime
 import ray
 import timm
 from exports import export_once
-from pages import DEPLOYMENT, put
+from pages import SERVING, put
 from ray import serve
 
 import timm_dfs
@@ -52,7 +52,7 @@ def arguments():
     parser.add_argument("--requests", type=int, default=512, help="in each round, after as many clients' first ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--write", action="store_true", help=f"also put the figures into docs/{DEPLOYMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"also put the figures into docs/{SERVING.name}")
     return parser.parse_args()
 
 
@@ -90,7 +90,7 @@ def main():
     lines.append(f"\nThe ratio of multiply-adds is {ratio:.2f}.")
     print(lines[-1])
     if args.write:
-        put(DEPLOYMENT, "serving.py", lines)
+        put(SERVING, "serving.py", lines)
 
 
 def save_images(args, folder):

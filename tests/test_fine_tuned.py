@@ -107,6 +107,11 @@ def test_a_run_that_went_on_from_another_setting_or_seed_is_refused(tmp_path):
             fine_tuned.check_start(Path("a"), run | dict(model_kwargs=dict(beta=0.5)))
 
 
+def test_a_run_that_went_on_from_weights_of_unknown_origin_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"a went on from .*, beside which there is no args\.yaml"):
+        fine_tuned.check_start(Path("a"), RECIPE | dict(initial_checkpoint=str(tmp_path / "last.pth.tar")))
+
+
 def test_a_run_that_has_not_ended_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fine_tuned, "read_run", lambda file: type("Run", (), dict(epoch=2)))
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(RECIPE))

@@ -31,9 +31,10 @@ def test_a_page_without_the_marks_is_refused_and_left_as_it_is(page, tmp_path):
     assert file.read_text() == page
 
 
-def test_the_marks_of_the_deployment_page_come_in_pairs_and_name_programs_that_write_them():
-    marks = re.findall(r"<!-- benchmarks/(\w+\.py)(.*): (begin|end) -->", pages.DEPLOYMENT.read_text())
+@pytest.mark.parametrize("page", ["DEPLOYMENT", "SERVING"])
+def test_the_marks_of_a_page_come_in_pairs_and_name_programs_that_write_them(page):
+    marks = re.findall(r"<!-- benchmarks/(\w+\.py)(.*): (begin|end) -->", getattr(pages, page).read_text())
     assert marks
     for (program, of, first), (*same, last) in zip(marks[::2], marks[1::2], strict=True):
         assert (first, last) == ("begin", "end") and [program, of] == same
-        assert "put(DEPLOYMENT" in (ROOT / "benchmarks" / program).read_text()
+        assert f"put({page}" in (ROOT / "benchmarks" / program).read_text()

@@ -1,4 +1,4 @@
-"""The snippets of the deployment page run without torch and give the exits of ``predict``."""
+"""The snippets of the documentation run without torch and give the exits of ``predict``."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ from timm_dfs.export import export_onnx
 pytest.importorskip("onnx", reason="needs the extra deploy")
 pytest.importorskip("onnxruntime", reason="needs the extra deploy")
 
-PAGE = (ROOT / "docs" / "deployment.md").read_text()
+PAGE = "".join((ROOT / "docs" / name).read_text() for name in ("runtimes.md", "serving.md"))
 
 
 def snippet(language):

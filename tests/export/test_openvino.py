@@ -164,7 +164,7 @@ def test_the_stages_give_the_exits_of_predict_and_the_batch_shrinks(msdnet, batc
     assert [stage.sizes for _, stage in router.stages] == [[size] for size in sizes if size]
 
 
-def test_the_snippet_of_the_deployment_page_predicts_as_the_package_does(msdnet, batch, tmp_path, monkeypatch):
+def test_the_documented_snippet_predicts_as_the_package_does(msdnet, batch, tmp_path, monkeypatch):
     policy = spread(msdnet, batch)
     export_onnx(msdnet, tmp_path / "exported", policy, images=batch)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The deployment page's C++ program and web page predict as ``predict`` does; its Triton configuration is valid."""
+"""The documented C++ program and web page predict as ``predict`` does; its Triton configuration is valid."""
 
 import functools
 import http.server

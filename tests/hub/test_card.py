@@ -123,7 +123,8 @@ def test_a_twins_card_names_its_base_model(folder):
 def test_a_card_states_the_training_and_the_accuracy_of_each_exit(name):
     text = card.card(ROOT / "hub" / name)
     measured = results(name)
-    assert f"Trained for {measured['training']['epochs']} epochs" in text
+    phases = [phase["epochs"] for phase in (*measured["training"].get("earlier_phases", ()), measured["training"])]
+    assert f"Trained for {' + '.join(map(str, phases))} epochs" in text
     for top1 in measured["test"]["top1"]:
         assert re.search(rf"\| {top1:.2f} \|", text)
 

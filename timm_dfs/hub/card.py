@@ -151,6 +151,7 @@ def card(folder: Path) -> str:
         objective=_described(training.get("objective", {})),
         other_than_recipe=_described(training.get("other_than_recipe", {})),
         paper_epochs=data.paper_epochs,
+        epochs=_epochs(results.get("training", {})),
         curve_file=CURVE_FILE,
         curve_alt="Top-1 accuracy against multiply-adds per image",
         presets=presets,
@@ -234,7 +235,8 @@ def family_card(hub: Path) -> str:
             dict(
                 name=folder.name,
                 data=_data_set(results["dataset"]).title,
-                epochs=results.get("training", {}).get("epochs", ""),
+                epochs=" + ".join(map(str, _epochs(results.get("training", {})))),
+                started=results.get("base_weights", {}).get("trained_on"),
                 exits=len(results["flops"]),
                 top1=(both_parts(results) or results["test"])["top1"],
                 lazy=results["flops_lazy"],
@@ -244,6 +246,11 @@ def family_card(hub: Path) -> str:
         for name, point in results["test"].get("presets", {}).items():
             points.append(dict(point, model=folder.name, preset=name, share=point["average_flops"] / whole))
     return _TEMPLATES.get_template("family_card.md").render(models=models, points=points)
+
+
+def _epochs(training: dict[str, Any]) -> list[int]:
+    """Epochs of each phase of a model's training; none where they are not recorded."""
+    return [phase["epochs"] for phase in (*training.get("earlier_phases", ()), training) if "epochs" in phase]
 
 
 def model_folders(hub: Path) -> list[Path]:

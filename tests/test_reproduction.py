@@ -140,7 +140,7 @@ def test_so_is_how_far_each_row_is_from_the_papers(root):
     row = cells(made, "AutoAugment and Cutout: joint − the paper's DFS")
     assert row == ["-2.00", "+0.00", "+0.50", "+0.46", "+0.80", "+0.55", "+0.44"]
     assert "above the paper's DFS at exits 2, 3, 4, 5, 6 and below it at exit 0.\n" in made
-    assert "joint training differs from the paper's MSDNet by +6.11 points, the paper's DFS by +5.67: the recipe" in made
+    assert "differs from the paper's MSDNet by +6.11 points, the paper's DFS by +5.67: the recipe" in made
     reach(root, reproduction.JOINT, [60.0] * 7)
     made = text(root)
     assert "above the paper's DFS at no exit" in made and "a recipe without DFS" not in made

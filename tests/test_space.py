@@ -35,7 +35,16 @@ def test_the_first_confident_exit_is_taken_and_its_cost_is_a_share_of_the_last_e
     assert f'<h2 class="dfs-prediction">{label}</h2>' in page
     assert f"Exit {exit_index} of exits 0 to 2 was taken" in page and f"{share} of the last exit alone" in page
     rows = re.findall(r'<tr class="([\w-]*)">', page)
-    assert rows == [""] * exit_index + ["dfs-taken"] + ["dfs-unused"] * (2 - exit_index)
+    before = ["dfs-unused" if threshold is None else "" for threshold in thresholds[:exit_index]]
+    assert rows == before + ["dfs-taken"] + ["dfs-unused"] * (2 - exit_index)
+
+
+def test_exits_that_never_answer_are_grey_and_patience_counts_predictions():
+    alike = LOGITS[1:2].repeat(4, 1, 1)
+    page = space.describe(alike, timm_dfs.ExitPolicy([2, 2, 2, 0], "patience"), LABELS, [*COSTS, 50_000_000], WHOLE)
+    assert "Exit 2 of" in page and "never" not in page and page.count("<td>2.00</td>") == 3
+    off = shown(None, 0.9, 0.0)
+    assert off.count("dfs-unused") == 2 and "never" in off.partition("<td>1</td>")[0]
 
 
 def test_a_class_is_named_as_text_not_as_html():

@@ -58,10 +58,11 @@ def describe(logits: torch.Tensor, policy: ExitPolicy, labels: tuple[str, ...], 
             f"{html.escape(labels[i])} {p:.0%}" for p, i in zip(top.values.tolist(), top.indices.tolist())
         )
         threshold = policy.thresholds[j] if j < len(policy.thresholds) - 1 else 0.0
-        kind = "dfs-taken" if j == k else "dfs-unused" if j > k else ""
+        answers = j in policy.answering
+        kind = "dfs-taken" if j == k else "dfs-unused" if j > k or not answers else ""
         rows.append(
             f'<tr class="{kind}"><td>{j}</td><td>{named}</td>'
-            f"<td>{'never' if threshold > 1 else f'{threshold:.2f}'}</td><td>{costs[j] / 1e6:.1f} M</td></tr>"
+            f"<td>{f'{threshold:.2f}' if answers else 'never'}</td><td>{costs[j] / 1e6:.1f} M</td></tr>"
         )
     return (
         f"<style>{_STYLE}</style>"

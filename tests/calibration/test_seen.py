@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from timm_dfs.calibration.seen import fingerprints, is_test, refuse_fitted_split, refuse_seen
+from timm_dfs.calibration.seen import fingerprints, is_test, recorded, refuse_fitted_split, refuse_seen
 
 
 def test_more_than_one_sample_in_a_hundred_that_was_seen_is_refused_with_the_counts():
@@ -33,6 +33,24 @@ def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
     for split in ("test[:9]", "test", "test[8:]", "test[:1%]"):
         with pytest.raises(ValueError, match=r"'fast' was fitted on test\[:9\] of x"):
             refuse_fitted_split(presets, "x", split)
+
+
+@pytest.mark.parametrize(
+    ("fitted", "read"),
+    [(("data", "val"), ("data/val", ".")), (("data/val", "."), ("data", "val")), (("val", "."), ("data/val", "."))],
+)
+def test_a_folder_of_class_folders_is_the_split_of_its_name(fitted, read, tmp_path, monkeypatch):
+    for name in ("val", "test"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    presets = dict(fast=dict(fitted_on=dict(dataset=fitted[0], split=fitted[1], samples=9)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'fast' was fitted on"):
+        refuse_fitted_split(presets, *read)
+    refuse_fitted_split(presets, "data", "test")
+    refuse_fitted_split(presets, "data/test", ".")
+    assert is_test(".", "", "data/test") and not is_test(".", "", "data/val")
+    monkeypatch.chdir("data")
+    assert recorded(".") == "data" and recorded("val") == "val"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -165,6 +166,37 @@ def test_classifiers_that_the_weights_do_not_have_are_refused(command, calibrate
     with pytest.warns(UserWarning, match="Dropped the presets"):
         refused = run(command, calibrated[1], *what, "--model-kwargs", "num_classes=7")
     assert_one_line(refused, "5 classes", "7", "--checkpoint")
+
+
+def test_weights_in_the_folder_that_the_variable_names_are_used_by_every_command(calibrated, tmp_path, monkeypatch):
+    shutil.copytree(calibrated[1], tmp_path / "dfs_vgg7_cifar100")
+    monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path))
+    info = run_json("info", "dfs_vgg7_cifar100")
+    assert info["weights"] and len(info["exits"]) == 3
+    assert not run_json("info", "dfs_vgg16_imagenet")["weights"]
+
+
+def test_a_folder_called_like_a_model_is_told_apart(calibrated, picture, tmp_path, monkeypatch):
+    for name in ("dfs_msdnet_cifar100", "dfs_msdnet_cifar100.v2"):
+        shutil.copytree(calibrated[1], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for name, exits in (("dfs_msdnet_cifar100.v2", 3), ("./dfs_msdnet_cifar100", 3)):
+        assert len(run_json("info", name)["exits"]) == exits
+    with pytest.warns(UserWarning, match=r"the model is taken, \./dfs_msdnet_cifar100 is the folder"):
+        assert len(run_json("info", "dfs_msdnet_cifar100")["exits"]) == 7
+
+
+def test_predictions_have_a_place_before_they_are_made(checkpoint, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    what = "predict", "dfs_vgg7_cifar100", "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS
+    assert_one_line(run(*what, tmp_path / "broken.png", "--output", tmp_path / "no" / "x.csv"), "no folder")
+    twice = run(*what, tmp_path / "broken.png", tmp_path / "broken.png", "--output", tmp_path / "x.csv")
+    assert_one_line(twice, "broken.png")
+
+
+def test_an_interpolation_that_timm_does_not_know_is_refused(checkpoint, pictures):
+    what = "--dataset", f"hfds/{pictures}", "--checkpoint", checkpoint, "--interpolation", "cubic"
+    assert_one_line(run("eval", "dfs_vgg7_cifar100", *what), "cubic", "bicubic")
 
 
 def test_classifiers_of_as_many_classes_are_the_weights(calibrated, picture):
@@ -408,6 +440,17 @@ def test_calibrate_fits_presets_and_writes_them_into_a_folder_that_loads(trainin
     again = timm.create_model(f"local-dir:{folder}", pretrained=True, depths=(1, 2), widths=(6, 8)).eval()
     assert again.presets == presets
     assert timm_dfs.predict(again, torch.randn(4, 3, 32, 32), "balanced").logits.shape == (4, 10)
+
+
+@pytest.mark.filterwarnings("ignore:Exits .* chance")
+def test_presets_fitted_to_images_of_another_size_are_not_kept(training_run, held_out, tmp_path):
+    (tmp_path / "model").mkdir()  # an empty folder is as good as none
+    run_json("calibrate", training_run, *held_out, "--max-accuracy-drop", 30, "--output", tmp_path / "model")
+    with pytest.warns(UserWarning, match="Dropped the presets .*: they were fitted to images of another input_size"):
+        run_json("calibrate", tmp_path / "model", *held_out, "--img-size", 16, "--output", tmp_path / "small")
+    kept = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "small")]
+    assert "drop-30" in kept[0]["model_args"]["presets"] and "drop-30" not in kept[1]["model_args"]["presets"]
+    assert_one_line(run("calibrate", training_run, *held_out, "--output", tmp_path), "has no config.json")
 
 
 @pytest.mark.filterwarnings("ignore:Exits .* chance")

@@ -141,6 +141,22 @@ def test_a_stream_is_not_sliced():
 # Classes.
 
 
+def test_an_image_that_cannot_be_read_is_named_not_replaced_by_the_next(tmp_path):
+    root = write_folder(tmp_path, ("val",))
+    broken = tmp_path / "val" / "bee" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"val/bee/1\.png cannot be read as an image"):
+        list(dataset_loader(tiny_vgg(), "", root, "val", batch_size=3, workers=0))
+
+
+def test_a_class_map_that_contradicts_the_models_names_is_warned_of(tmp_path):
+    root = write_folder(tmp_path, ("val",))
+    model = tiny_vgg()
+    model.pretrained_cfg["label_names"] = CLASSES
+    with pytest.warns(UserWarning, match="makes 'ant' class 4, of the model it is class 0"):
+        dataset_loader(model, "", root, "val", workers=0, class_map={name: 4 - i for i, name in enumerate(CLASSES)})
+
+
 def test_names_follow_the_folders_and_the_class_map(folder, tmp_path):
     assert class_names(class_indices(open_dataset("", folder, "train[3:]"))) == CLASSES
     (tmp_path / "map.txt").write_text("\n".join(reversed(CLASSES)))

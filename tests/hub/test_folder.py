@@ -51,6 +51,14 @@ def test_a_network_fine_tuned_on_other_classes_keeps_their_names(tmp_path):
     assert labels_of(again) == ("ant", "bee", "cat")
 
 
+def test_a_model_in_another_memory_format_is_written_and_a_fused_copy_refused(tmp_path):
+    model = tiny_vgg().eval()
+    timm_dfs.write_presets(model.to(memory_format=torch.channels_last), tmp_path / "model")
+    with pytest.raises(ValueError, match="fused copy"):
+        timm_dfs.write_presets(timm_dfs.fuse(model), tmp_path / "fused")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["model"]
+
+
 def test_the_config_is_json_that_any_reader_takes(tmp_path):
     model = tiny_vgg()
     model.presets = {"never": dict(thresholds=[None, None, 0.0])}
@@ -107,20 +115,22 @@ def test_the_readmes_comparison_of_the_weights_matches_the_results():
     def dfs_is_ahead(dfs, joint, *splits):
         return [[a > b for a, b in zip(results(dfs)[s]["top1"], results(joint)[s]["top1"])] for s in splits]
 
-    assert "it is ahead of `.joint` at the first two exits and behind at the others" in readme()
+    assert f"`{MSDNET}` is ahead of `.joint` at the first two exits and behind at the others" in readme()
     assert dfs_is_ahead(MSDNET, MSDNET_JOINT, "held_out", "test") == 2 * [2 * [True] + 5 * [False]]
-    assert (
-        "Lite0's sibling `.cifar100_dfs` is ahead at the first exit on the held-out images, and at no exit on"
-        in readme()
-    )
+    said = "is ahead at the first exit on the held-out images, and at no exit on the test images"
+    assert f"Lite0's `.cifar100_dfs` (two-sided, the default of wrapped networks) {said}" in readme()
+    folder = json.loads((HUB / f"{LITE0}_dfs" / "config.json").read_text())
+    assert folder["model_args"]["referencing"] == "two_sided"
     first, at_test = dfs_is_ahead(f"{LITE0}_dfs", LITE0, "held_out", "test")
     assert first == [True] + 3 * [False] and not any(at_test)
 
 
 def test_the_readme_says_which_weights_are_most_accurate_and_which_are_cheapest():
     assert f"**Which weights to take.** For the most accuracy `{MSDNET_JOINT}`" in readme()
-    assert f"For less compute `{LITE0_LARGER}`, for the least `.cifar100`, the same network at 96 px: each" in readme()
-    assert "of their presets is more accurate than any of MSDNet's that costs as little" in readme()
+    assert f"For less compute `{LITE0_LARGER}`, each of whose presets is more accurate than any of MSDNet's" in readme()
+    assert (
+        "for the least `.cifar100`, the same network at 96 px, whose presets cost less than any of MSDNet's" in readme()
+    )
     presets = {name: results(name)["test"]["presets"] for name in SHIPPED}
     for name in ("accurate", "balanced", "fast"):
         others = [preset["top1"] for other in SHIPPED if other != MSDNET_JOINT for preset in presets[other].values()]
@@ -131,9 +141,11 @@ def test_the_readme_says_which_weights_are_most_accurate_and_which_are_cheapest(
     of_msdnet = [*presets[MSDNET].values(), *presets[MSDNET_JOINT].values()]
     dearest, cheapest = (max(p["average_flops"] for p in presets[name].values()) for name in (LITE0_LARGER, LITE0))
     assert cheapest < dearest < max(p["average_flops"] for p in presets[MSDNET_JOINT].values())
-    for preset in [*presets[LITE0].values(), *presets[LITE0_LARGER].values()]:
+    costs = [[preset["average_flops"] for preset in some] for some in (presets[LITE0].values(), of_msdnet)]
+    assert max(costs[0]) < min(costs[1])
+    for preset in presets[LITE0_LARGER].values():
         cheaper = [other["top1"] for other in of_msdnet if other["average_flops"] <= preset["average_flops"] * 1.05]
-        assert all(preset["top1"] > top1 for top1 in cheaper)
+        assert cheaper and all(preset["top1"] > top1 for top1 in cheaper)
 
 
 @pytest.mark.slow

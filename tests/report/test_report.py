@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def findings(model, data):
 def exit_pictures(model, data, findings):
     pixels = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     dataset = list(zip(pixels, data[1][1].tolist()))
-    return strip(model, dataset, data[1][0], findings.points["balanced"].exit_index, "ant bee cat dog eel".split())
+    return strip(model, dataset, data[1][0], findings.points["balanced"].policy, "ant bee cat dog eel".split())
 
 
 @pytest.fixture(scope="module")
@@ -388,12 +389,23 @@ def test_the_strip_shows_the_images_that_took_each_exit(data, findings, exit_pic
     )
 
 
+def test_pictures_have_the_class_that_the_exits_predict_together(model, data):
+    logits, targets = data[1]
+    policy = ExitPolicy([0.6, 0.6, 0.0], ensemble=[[1.0], [5.0, 1.0], [5.0, 1.0, 0.2]])
+    dataset = [(torch.zeros(3, 32, 32), target) for target in targets.tolist()]
+    rows = strip(model, dataset, logits, policy, "abcde", each=300)
+    right = sum(picture.right for row in rows for picture in row.pictures)
+    predicted = policy.predicted(logits)[policy.exit_index(logits), torch.arange(300)].argmax(-1)
+    alone = logits[policy.exit_index(logits), torch.arange(300)].argmax(-1)
+    assert right == (predicted == targets).sum() != (alone == targets).sum()
+
+
 def test_a_picture_is_the_image_before_it_was_normalised(model):
     cfg = model.pretrained_cfg
     grey = torch.full((3, 32, 32), 0.6)
     normalised = (grey - torch.tensor(cfg["mean"])[:, None, None]) / torch.tensor(cfg["std"])[:, None, None]
-    logits, exits = torch.zeros(3, 1, CLASSES), torch.tensor([0])
-    (row, *_) = strip(model, [(normalised, 0)], logits, exits, "abcde")
+    policy = ExitPolicy([0.0, 0.0, 0.0])
+    (row, *_) = strip(model, [(normalised, 0)], torch.zeros(3, 1, CLASSES), policy, "abcde")
     picture = Image.open(io.BytesIO(base64.b64decode(row.pictures[0].source.partition(",")[2])))
     assert picture.size == (32, 32) and (np.asarray(picture) == 153).all()
 
@@ -422,6 +434,12 @@ def test_what_is_there_is_not_overwritten(findings, tmp_path):
         write_report(tmp_path / "a" / "b", findings, About("m", "made up", "test"))
 
 
+def test_the_working_directory_takes_a_report_and_remains(findings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_report(Path("."), findings, About("m", "made up", "test"))
+    assert (Path.cwd() / PAGE).is_file()
+
+
 def test_an_interrupted_writing_leaves_no_half_report(findings, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
@@ -440,6 +458,11 @@ def test_packaged_weights_say_how_they_were_trained():
     assert words.startswith(f"{epochs} epochs on ") and "recipe" in words
     assert training_of("dfs_vgg7_cifar100") == ("", None) == training_of("hf-hub:somebody/model")
     assert training_of("dfs_msdnet_cifar100", checkpoint="own.pth") == ("", None)
+
+
+def test_a_runs_folder_need_not_name_its_machine_or_number_of_images(tmp_path):
+    (tmp_path / hub.RESULTS_FILE).write_text('{"training": {"epochs": 3, "recipe": "a.yaml"}}')
+    assert training_of(f"local-dir:{tmp_path}") == ("3 epochs, recipe a.yaml", 3)
 
 
 def test_results_that_cannot_be_read_are_named(tmp_path):
@@ -505,7 +528,7 @@ def test_the_command_measures_and_writes_a_page(arguments, tmp_path):
 
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_thresholds_may_come_from_another_part_of_the_split(split):
-    report._check_val_split(f"{split}[:9]", f"{split}[9:]", "x")
+    report._check_val_split(f"{split}[:9]", f"{split}[9:]", "x", None)
 
 
 def test_times_can_be_left_out_and_what_is_missing_is_said(arguments, tmp_path):
@@ -537,6 +560,11 @@ def test_a_mistake_gets_one_line_and_no_page(arguments, tmp_path, options, words
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("timm-dfs: ") and all(word in line for word in words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_is_refused_before_it_is_read(arguments):
+    result = run(arguments[0], "--dataset", "wds/shards", "--data-dir", "x", *arguments[3:])
+    assert result.exit_code == 2 and "wds/shards is a stream" in result.stderr
 
 
 def test_a_validation_split_that_holds_the_test_images_is_refused(arguments):

@@ -23,7 +23,10 @@ at a somewhat larger size than in training is common (FixRes, arXiv 1906.06423).
 
 Result = TypeVar("Result")
 
-_MODES = threading.RLock()
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+"""One lock for each model, held while a model in training mode is evaluated."""
+
+_LOCKS_CHANGE = threading.Lock()
 
 _FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -37,7 +40,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     A model that is in eval mode already is left untouched, so threads may share it. A model in training mode is used by
     one thread at a time.
     """
-    with _MODES:
+    with _lock_of(model):
         training = _in_training(model)
         for module in training:
             module.training = False
@@ -49,6 +52,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = True
             return
     yield
+
+
+def _lock_of(model: nn.Module) -> Any:
+    with _LOCKS_CHANGE:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def _in_training(model: nn.Module) -> list[nn.Module]:

@@ -200,6 +200,8 @@ class MultiExitModel(nn.Module):
     presets: dict[str, dict]
     presets_of_weights: dict[str, dict]
     """Those of the presets that came with the weights that were loaded."""
+    is_fused: bool = False
+    """Whether this is a copy for inference, see :func:`timm_dfs.fuse`."""
     pretrained_cfg: dict
 
     def start(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -471,8 +473,14 @@ def refuse_reentrant() -> None:
 def _without_presets_of_other_weights(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:
     """Drop the presets that came with a model's weights if other weights are loaded in their place."""
     came = [name for name, preset in model.presets.items() if model.presets_of_weights.get(name) == preset]
-    if came and any(_differs(value, state_dict.get(prefix + name)) for name, value in model.named_parameters()):
+    if came and any(_differs(value, state_dict.get(prefix + name)) for name, value in _deciding(model)):
         model.drop_presets(came, "the weights they were fitted to were replaced")
+
+
+def _deciding(model: MultiExitModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """What decides a model's logits: parameters, and buffers but for the batches that norms counted."""
+    yield from model.named_parameters()
+    yield from ((name, value) for name, value in model.named_buffers() if not name.endswith("num_batches_tracked"))
 
 
 def _differs(own: torch.Tensor, given: torch.Tensor | None) -> bool:

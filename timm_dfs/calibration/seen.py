@@ -50,16 +50,35 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
     """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set.
 
     A folder ``/data/cifar100``, or ``cifar100``, is taken for a copy of the Hub's ``uoft-cs/cifar100``, because it is
-    called like it. A folder that exists is the same by each of its paths.
+    called like it. A folder that exists is the same by each of its paths, and the split ``.`` of a folder ``data/val``
+    is the split ``val`` of the folder ``data``.
     """
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
-        fitted = source.get("split")
-        if fitted and _same_data(source.get("dataset") or "", dataset) and overlap(fitted, split) is not False:
+        fitted = source.get("dataset") or "", source.get("split")
+        if fitted[1] and (_overlap(fitted, (dataset, split)) or _overlap(_named(*fitted), _named(dataset, split))):
             raise ValueError(
-                f"The preset {name!r} was fitted on {fitted} of {dataset}, whose images in {split} would flatter it; "
-                "give a split without them."
+                f"The preset {name!r} was fitted on {fitted[1]} of {dataset}, whose images in {split} would flatter "
+                "it; give a split without them."
             )
+
+
+def _overlap(fitted: tuple[str, str], read: tuple[str, str]) -> bool:
+    """Whether two splits, each with its data set, may share images."""
+    return _same_data(fitted[0], read[0]) and overlap(fitted[1], read[1]) is not False
+
+
+def _named(dataset: str, split: str) -> tuple[str, str]:
+    """A folder of class folders, which is read as split ``.``, as the split of its name in the folder around it."""
+    if split != ".":
+        return dataset, split
+    folder = Path(located(dataset))
+    return str(folder.parent), folder.name
+
+
+def recorded(dataset: str) -> str:
+    """A data set as presets record it: its name; of a folder the path given, or its name where that has none."""
+    return dataset if Path(dataset).name not in ("", "..") else Path(dataset).resolve().name
 
 
 def located(dataset: str) -> str:
@@ -82,12 +101,15 @@ def _place(name: str) -> str:
     return "here" if Path(name).is_absolute() else "on the Hub" if "/" in name else "not told"
 
 
-def is_test(split: str, dataset: str = "") -> bool:
+def is_test(split: str, dataset: str = "", root: str | None = None) -> bool:
     """Whether a split, e.g. ``"test"`` or ``"train+test[:500]"``, has test data, on which nothing may be chosen.
 
     Args:
         split: Name of the split, perhaps with a slice, or several joined by ``+``.
         dataset: timm's name of the data set. Of torchvision's, timm reads the test images for every split but train.
+        root: Root of a folder; the split ``.`` of a folder ``test`` is test data.
     """
+    if not dataset and root:
+        split = _named(root, split)[1]
     names = {part.partition("[")[0].strip() for part in split.split("+")}
     return "test" in names or (dataset.lower().startswith("torch/") and not names <= {"train", "training"})

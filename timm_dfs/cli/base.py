@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +14,14 @@ import timm
 import typer
 from rich.console import Console
 from rich.table import Table
-from timm.models import is_model_pretrained
+from timm.models import get_pretrained_cfg
 from typer.core import TyperCommand
 
 from ..base.model import MultiExitModel
 from ..data.datasets import follow_run
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
+from ..pretrained import sources
 from ..pretrained.packaged import CONFIG_FILE
 from ..pretrained.runs import complete_args
 from ..pretrained.sources import PREFIXES, check_named
@@ -168,7 +170,14 @@ def as_source(name: str) -> str:
     Raises:
         ValueError: If the folder holds no model.
     """
-    if name.startswith(PREFIXES) or timm.is_model(name.split(".")[0]) or not Path(name).is_dir():
+    if name.startswith(PREFIXES) or not Path(name).is_dir():
+        return name
+    if _is_registered(name):
+        if (Path(name) / CONFIG_FILE).is_file():
+            warnings.warn(
+                f"{name} is the name of a model and of a folder here; the model is taken, ./{name} is the folder.",
+                stacklevel=2,
+            )
         return name
     if not (Path(name) / CONFIG_FILE).is_file():
         raise ValueError(
@@ -180,7 +189,20 @@ def as_source(name: str) -> str:
 
 def has_weights(name: str) -> bool:
     """Whether a model of that name, or a checkpoint, comes with trained exits."""
-    return Path(name).is_file() or as_source(name).startswith(PREFIXES) or is_model_pretrained(name)
+    if Path(name).is_file():
+        return True
+    name = as_source(name)
+    return (name.startswith(PREFIXES) or _is_registered(name)) and sources.has_weights(name)
+
+
+def _is_registered(name: str) -> bool:
+    """Whether timm knows an architecture of this name and, if the name has a tag, the tag."""
+    if not timm.is_model(name.split(".")[0]):
+        return False
+    try:
+        return get_pretrained_cfg(name) is not None
+    except RuntimeError:  # no such tag
+        return False
 
 
 def _parse(pairs: list[str]) -> dict[str, Any]:

@@ -6,18 +6,20 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..base.new_folder import is_new
 from ..calibration.latency import check_limit, fit_latency
 from ..calibration.logits import halves
 from ..calibration.presets import NAMED, operating_points
 from ..calibration.risk import bound_risk
-from ..calibration.seen import is_test
+from ..calibration.seen import is_test, recorded
 from ..data.datasets import dataset_loader
 from ..evaluation.accuracy import anytime_accuracy, collect_logits
 from ..evaluation.flops import Costs
 from ..evaluation.latency import exit_latencies
 from ..evaluation.machine import processor
-from ..hub.folder import write_presets
+from ..hub.folder import check_same, write_presets
 from ..inference.ensemble import MEAN
+from ..pretrained.packaged import OF_IMAGES
 from .base import (
     AsJson,
     Checkpoint,
@@ -66,7 +68,7 @@ def calibrate(
 ) -> None:
     """Fit temperatures and the presets accurate, balanced and fast to held-out data."""
     where = data.where(model_name, default_split=None)
-    if is_test(where["split"], where["dataset"]):
+    if is_test(where["split"], where["dataset"], where["root"]):
         raise ValueError(
             f"--split is {where['split']}; the test split is for final figures: give one held out of training, "
             "e.g. 'train[45000:]'."
@@ -75,7 +77,12 @@ def calibrate(
         raise ValueError(f"--output is {output}; there is no folder {output.parent}.")
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     refuse_new_classifiers(model)
+    before = dict(model.pretrained_cfg)
     data.prepare(model)
+    if changed := [key for key in OF_IMAGES if model.pretrained_cfg.get(key) != before.get(key)]:
+        model.drop_presets(model.presets, f"they were fitted to images of another {' and '.join(changed)}")
+    if output is not None and not is_new(output):
+        check_same(model, output)  # before the data are read
     costs = Costs(model)
     flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
     budgets = check_points(costs, budget, max_accuracy_drop, confidence_level, by)
@@ -97,7 +104,7 @@ def calibrate(
         max_accuracy_drops=max_accuracy_drop or (),
         held_out=held_out,
         confidence_level=confidence_level or 0.95,
-        dataset=where["dataset"].removeprefix("hfds/") or str(where["root"]),
+        dataset=where["dataset"].removeprefix("hfds/") or recorded(str(where["root"])),
         split=where["split"],
     )
     for limit in limits:

@@ -1,7 +1,6 @@
 """``timm-dfs export``: files that exit early without PyTorch."""
 
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -93,11 +92,6 @@ def export_model(
     model = create(model_name, trained, checkpoint, model_kwargs)
     if trained or checkpoint is not None:
         refuse_new_classifiers(model)
-    else:
-        warnings.warn(
-            f"{model_name} has no trained weights, so the files predict at random; give some with --checkpoint.",
-            stacklevel=2,
-        )
     chosen: ExitPolicy | str | None = None
     if layout == "last":
         if policy is not None or thresholds is not None:
@@ -118,7 +112,7 @@ def export_model(
             input_key=input_key,
             target_key=target_key,
         )
-        if is_test(where["split"], where["dataset"]):
+        if is_test(where["split"], where["dataset"], where["root"]):
             raise ValueError(
                 f"--split is {where['split']}; the test split is for final figures, and int8's ranges and thresholds "
                 "are chosen on these images: give one held out of training, e.g. 'train[45000:]'."

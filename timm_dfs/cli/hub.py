@@ -92,7 +92,7 @@ def export_checkpoint(
     run = read_run(checkpoint)
     where = data.where(str(checkpoint), default_split=None)
     held_out = where.pop("split")
-    if held_out == test or is_test(held_out, where["dataset"]):
+    if held_out == test or is_test(held_out, where["dataset"], where["root"]):
         raise ValueError(
             f"--split is {held_out} and --test is {test}: thresholds must be fixed on a split held out of training "
             "and not on the test split, e.g. --split 'train[45000:]'."

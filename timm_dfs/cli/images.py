@@ -64,6 +64,8 @@ def predict_images(
     """
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--output is {output}; give a file that ends with .csv or .jsonl.")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output is {output}, but there is no folder {output.parent}; make it first.")
     files = find_images(images)
     if not any(file.is_file() for file in files):
         open_image(files[0])  # says so before a model is built
@@ -81,7 +83,7 @@ def predict_images(
             except (ValueError, OSError) as error:
                 errors[str(file)] = str(error)
         predictions += _predictions(model, opened, policy, costs, whole) if opened else []
-    if len(errors) == len(files):
+    if not predictions:
         raise ValueError(" ".join(errors.values()))
     if output is not None:
         _write(output, predictions, errors)

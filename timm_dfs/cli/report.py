@@ -9,7 +9,7 @@ import typer
 
 from ..base.model import MultiExitModel
 from ..calibration.seen import is_test, refuse_fitted_split
-from ..data.datasets import dataset_loader
+from ..data.datasets import dataset_loader, is_stream
 from ..data.images import labels_of
 from ..data.overlap import overlap
 from ..evaluation.accuracy import collect_logits
@@ -23,6 +23,7 @@ from .base import (
     Checkpoint,
     ModelKwargs,
     ModelName,
+    as_source,
     command,
     console,
     create,
@@ -62,8 +63,13 @@ def report(
     require_plots()
     check_new(output)
     where = data.where(model_name)
-    _check_val_split(val_split, where["split"], where["dataset"])
-    training, epochs = training_of(model_name, checkpoint)
+    if is_stream(where["dataset"]):
+        raise ValueError(
+            f"{where['dataset']} is a stream, of which no single images can be shown or timed; give hfds/ or a folder, "
+            "or measure it with 'timm-dfs eval'."
+        )
+    _check_val_split(val_split, where["split"], where["dataset"], where["root"])
+    training, epochs = training_of(as_source(model_name), checkpoint)
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     refuse_new_classifiers(model)
     data.prepare(model)
@@ -83,7 +89,7 @@ def report(
         About(model_name, name, where["split"], val_split, training, epochs),
         timings,
         chosen,
-        strip(model, loader.dataset, test[0], findings.points[chosen].exit_index, labels_of(model)) if chosen else [],
+        strip(model, loader.dataset, test[0], findings.points[chosen].policy, labels_of(model)) if chosen else [],
         notes,
     )
     if as_json:
@@ -106,12 +112,12 @@ def report(
         console.print("There is no curve of early exit: its thresholds need --val-split, a split held out of training.")
 
 
-def _check_val_split(val_split: str | None, split: str, dataset: str) -> None:
+def _check_val_split(val_split: str | None, split: str, dataset: str, root: str | None) -> None:
     if val_split is None:
         return
     parts = val_split.partition("[")[0] == split.partition("[")[0]  # of one split, which may be the test split
     shared = overlap(val_split, split)
-    if shared is not False if parts else shared or is_test(val_split, dataset):
+    if shared is not False if parts else shared or is_test(val_split, dataset, root):
         raise ValueError(
             f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that shares no images "
             "with it, held out of training, e.g. 'train[45000:]', and not test, unless another part of it is measured."

@@ -75,11 +75,13 @@ class DataOptions:
         """Write the given preparation into the model's ``pretrained_cfg``.
 
         Raises:
-            ValueError: If a value does not fit the model's channels.
+            ValueError: If a value does not fit the model's channels, or is no interpolation of timm's.
         """
         given = {name: getattr(self, name) for name in _PREPARATION if getattr(self, name)}
         if not given:
             return
+        if self.interpolation not in (None, *_INTERPOLATIONS):
+            raise ValueError(f"--interpolation is {self.interpolation!r}; choose one of {', '.join(_INTERPOLATIONS)}.")
         if self.input_size is None:
             given["in_chans"] = model.in_chans
         try:
@@ -93,6 +95,8 @@ class DataOptions:
             raise ValueError(f"--input-size is {self.input_size}; the model takes {model.in_chans} channels.")
         model.pretrained_cfg.update(adapted(config, model.in_chans))
 
+
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 
 _PREPARATION = ("input_size", "img_size", "mean", "std", "crop_pct", "interpolation")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
+from timm.data import ImageDataset, ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset, Subset
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 _STREAMS = ("hfids/", "tfds/", "wds/")
 _NATIVE_SLICES = ("hfds/", "tfds/")
 """Prefixes of data sets whose own library understands ``split[a:b]``."""
+
+
+def is_stream(dataset: str) -> bool:
+    """Whether timm's name of a data set is that of a stream, which gives samples in its own order alone."""
+    return dataset.lower().startswith(_STREAMS)
+
 
 _SLICE = re.compile(r"(?P<name>[^\[]*)\[(?P<start>-?\d*%?):(?P<stop>-?\d*%?)\]")
 
@@ -70,7 +76,7 @@ def open_dataset(
     matched = _SLICE.fullmatch(split)
     ours = matched is not None and not dataset.lower().startswith(_NATIVE_SLICES)
     name = matched["name"] if ours and matched else split
-    if ours and dataset.lower().startswith(_STREAMS):
+    if ours and is_stream(dataset):
         raise ValueError(f"split is {split!r}; a stream cannot be sliced, give a whole split of {dataset!r}.")
     kind, _, own_name = dataset.partition("/")
     extra: dict[str, Any] = dict(input_key=input_key, target_key=target_key)
@@ -93,6 +99,8 @@ def open_dataset(
         trust_remote_code=trust_remote_code,
         **{key: value for key, value in extra.items() if value},
     )
+    if type(data) is ImageDataset:
+        data.__class__ = _EveryImage  # timm's factory takes no other class
     if not ours or matched is None:
         return data
     start, stop = (_position(matched[end], len(data)) for end in ("start", "stop"))
@@ -100,6 +108,21 @@ def open_dataset(
     if not chosen:
         raise ValueError(f"split is {split!r}, but {name!r} has {len(data)} samples; the slice is empty.")
     return Subset(data, chosen)
+
+
+class _EveryImage(ImageDataset):
+    """timm's data set, but an image that cannot be read is an error: timm would count the next one in its place."""
+
+    def __getitem__(self, index: int) -> Any:
+        self._max_retries = 1
+        try:
+            return super().__getitem__(index)
+        except RuntimeError as error:
+            try:
+                name = self.filename(index, absolute=True)
+            except (NotImplementedError, AttributeError):  # not every reader names its samples
+                name = f"Sample {index}"
+            raise ValueError(f"{name} cannot be read as an image; repair or remove it.") from error
 
 
 def _position(text: str, samples: int) -> int | None:
@@ -182,7 +205,7 @@ def training_classes(arguments: Mapping[str, Any]) -> dict[str, int] | None:
     Data that are there but cannot be read cause a warning.
     """
     dataset, root = arguments.get("dataset") or "", arguments.get("data_dir") or arguments.get("data")
-    if dataset.lower().startswith(_STREAMS):  # opening a stream downloads
+    if is_stream(dataset):  # opening a stream downloads
         return None
     if not dataset.lower().startswith("hfds/") and not (root and Path(root).exists()):  # of hfds/ it is the cache
         return None
@@ -263,7 +286,7 @@ def dataset_loader(
         num_samples=num_samples,
         trust_remote_code=trust_remote_code,
     )
-    stream = dataset.lower().startswith(_STREAMS)
+    stream = is_stream(dataset)
     if stream and shard.processes > 1:
         raise ValueError(
             f"{dataset!r} is a stream, which cannot be divided among {shard.processes} processes to the last sample; "
@@ -290,6 +313,8 @@ def dataset_loader(
     where = f"{dataset or root}, split {split}"
     if not by_name:
         _warn_of_other_classes(model, class_indices(data), where, by_names=not given)
+    if given:
+        _warn_of_other_numbers(model, class_indices(data), where)
     if not dataset and given:
         _warn_of_images_left_out(class_indices(open_dataset("", root, split, input_key)), class_indices(data), where)
     if subset is not None:
@@ -404,6 +429,18 @@ def _warn_of_other_classes(
                 f"{index}: accuracy means nothing unless they mean the same.",
                 stacklevel=3,
             )
+
+
+def _warn_of_other_numbers(model: MultiExitModel, indices: Mapping[str, int] | None, where: str) -> None:
+    names = _unique(given_labels(model))
+    if not indices or not indices.keys() <= names.keys():
+        return
+    if other := sorted(name for name, index in indices.items() if names[name] != index):
+        warnings.warn(
+            f"{where}: the class map makes {other[0]!r} class {indices[other[0]]}, of the model it is class "
+            f"{names[other[0]]}: accuracy means nothing. Leave the class map out.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_images_left_out(own: Mapping[str, int] | None, indices: Mapping[str, int] | None, where: str) -> None:

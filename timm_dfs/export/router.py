@@ -128,6 +128,7 @@ def take(tensor, keep, batch):
 
 if __name__ == "__main__":
     router, images = Router(Path(__file__).parent), np.load(sys.argv[1]).astype(np.float32)
-    for batch in np.split(images, len(images)) if "batch_size" in router.about else [images]:
+    size = router.about.get("batch_size", max(len(images), 1))
+    for batch in np.split(images, range(size, len(images), size)):
         for scores, left_at in zip(*router(batch)):
             print(scores.argmax(), left_at)

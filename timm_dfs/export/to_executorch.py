@@ -8,6 +8,7 @@ import torch
 
 from ..base.evaluating import as_images
 from ..base.model import MultiExitModel
+from ..base.new_folder import new_folder
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import predict
 from .metadata import describe
@@ -19,7 +20,6 @@ from .to_onnx import (
     VERIFIED,
     Export,
     check_arguments,
-    new_folder,
     noise,
     policy_of,
     runner,

@@ -1,11 +1,8 @@
 """Exporting a network with exits to ONNX."""
 
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base.evaluating import as_images, require_exits
 from ..base.model import MultiExitModel
+from ..base.new_folder import is_new, new_folder
 from ..calibration.logits import check_data
 from ..calibration.operating_point import Data
 from ..inference.policy import ExitPolicy
@@ -167,6 +165,8 @@ def export_onnx(
             (partial / name).write_bytes(to_model(graph, opset, facts).SerializeToString())
         if layout == "stages":
             about = dict(routing(network, stages, policy, list(graphs)), **facts)
+            if batch_size is not None:
+                about["batch_size"] = batch_size
             (partial / ROUTER_FILE).write_text(json.dumps(about, indent=1) + "\n")
             shutil.copy(Path(__file__).with_name("router.py"), partial)
         run = runner(partial, layout, model.num_exits)
@@ -210,26 +210,6 @@ def open_session(file: Path, threads: int = 0, settings: dict[str, str] | None =
     return onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files are those of ``folder`` in the end; on an error, nothing remains."""
-    folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if folder.is_dir():  # it stays, as it may be the working directory of a shell
-            for file in partial.iterdir():
-                file.replace(folder / file.name)
-            partial.rmdir()
-        else:
-            partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def noise(model: MultiExitModel, count: int) -> torch.Tensor:
     """Noise (count, C, H, W) as images in the size of the model's input."""
     size = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
@@ -249,7 +229,7 @@ def check_arguments(model: Any, folder: Path, layout: str, batch_size: int | Non
         raise ValueError(f"batch_size is {batch_size!r}; give a number of images from 1 on, or None for any.")
     if softmax and layout == "stages":
         raise ValueError("Stages put out logits, which the router needs; leave softmax out, or use the layout graph.")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if not is_new(folder):
         raise ValueError(f"{folder} exists and is not an empty folder; give one that does not exist.")
 
 

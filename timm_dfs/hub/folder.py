@@ -8,11 +8,11 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 
 from ..base.evaluating import evaluating
 from ..base.model import MultiExitModel
+from ..base.new_folder import is_new, new_folder
 from ..base.partition import changes_values
 from ..base.presets import presets_as_json
 from ..models.dfs_twins import PREFIX
@@ -62,12 +62,17 @@ def write_weights(model: MultiExitModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for key, value in model.state_dict().items():
-        weights[key] = (value.half() if value.is_floating_point() else value).contiguous()
+        weights[key] = value.half() if value.is_floating_point() else value
         if not weights[key].isfinite().all():
             raise ValueError(
                 f"{key} does not fit into half precision or is not finite: its largest value is {value.max()}."
             )
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    _write(model, weights, folder)
+
+
+def _write(model: MultiExitModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    contiguous = {key: value.contiguous() for key, value in weights.items()}
+    save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     names = model.pretrained_cfg.get("label_names")
     dropped = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm takes the names for the base's
     config = dict(label_names=list(names)) if names and dropped and len(names) == model.num_classes else None
@@ -98,7 +103,7 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
 
     Args:
         model: The model; its ``presets`` replace the folder's.
-        folder: A folder with the weights of this model, or one that does not exist yet.
+        folder: A folder with the weights of this model, or one that does not exist yet or is empty.
 
     Raises:
         ValueError: If the folder holds no model, other weights, or a model that computes something else from them; a
@@ -117,12 +122,11 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     check_presets(model.presets, model.num_exits)
     check_rebuilt(model)
-    if not folder.exists():
-        new = folder.with_name(f".{folder.name}.new")
-        save_for_hf(model, str(new), safe_serialization=True)
-        new.rename(folder)
+    if is_new(folder):
+        with new_folder(folder) as new:
+            _write(model, model.state_dict(), new)
         return
-    _check_same(model, folder)
+    check_same(model, folder)
     config = json.loads((folder / CONFIG_FILE).read_text())
     config.setdefault("model_args", {})["presets"] = presets_as_json(model.presets)
     new = folder / f".{CONFIG_FILE}.new"
@@ -131,7 +135,9 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
 
 
 def check_rebuilt(model: MultiExitModel) -> None:
-    """Raise ``ValueError`` unless timm can rebuild a model from a config: it was not created under a name of ours."""
+    """Raise ``ValueError`` unless timm can rebuild a model from a config: created under a name of ours, not fused."""
+    if model.is_fused:
+        raise ValueError("The model is a fused copy, which timm cannot rebuild; save the model that was fused.")
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
     if not timm.is_model(name) or not name.startswith(PREFIX):
         raise ValueError(
@@ -140,7 +146,8 @@ def check_rebuilt(model: MultiExitModel) -> None:
         )
 
 
-def _check_same(model: MultiExitModel, folder: Path) -> None:
+def check_same(model: MultiExitModel, folder: Path) -> None:
+    """Raise ``ValueError`` unless a folder holds this model: its weights, and a config that computes the same."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}; give a model's folder, or one that does not exist yet.")

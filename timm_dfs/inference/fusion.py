@@ -56,6 +56,7 @@ def fuse(model: Model) -> Model:
         fused.set_submodule(norm, _after(fused.get_submodule(norm)))
     fused = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check(fused, model, size)
+    fused.is_fused = True
     return fused
 
 

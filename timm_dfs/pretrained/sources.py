@@ -173,9 +173,22 @@ def settings_of(name: str) -> dict[str, Any]:
     """
     if name.startswith(PREFIXES):
         return {}
+    return {key: value for key, value in _of_name(name).model_args.items() if key != "presets"}
+
+
+def has_weights(name: str) -> bool:
+    """Whether there are trained weights for a registered name, perhaps with a tag; a name with a prefix has some."""
+    if name.startswith(PREFIXES):
+        return True
+    try:
+        return bool(_of_name(name).source)
+    except FileNotFoundError:  # :data:`HUB_VARIABLE` names a folder or namespace without them
+        return False
+
+
+def _of_name(name: str) -> Weights:
     variant, _, tag = name.partition(".")
-    weights = resolve(variant, tag or None, None, True, lambda _: None)
-    return {key: value for key, value in weights.model_args.items() if key != "presets"}
+    return resolve(variant, tag or None, None, True, lambda _: None)
 
 
 def check_named(name: str, cache_dir: str | Path | None = None) -> None:

@@ -65,7 +65,11 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
         results = json.loads((folder / RESULTS_FILE).read_text())
         training = results["training"]
         epochs = int(training["epochs"])
-        samples, recipe, hardware = int(training["samples"]), training["recipe"], training["hardware"]
+        parts = [_epochs(epochs)]
+        if "samples" in training:
+            parts[0] += f" on {int(training['samples']):,} images"
+        parts += [f"recipe {training['recipe']}"] if training.get("recipe") else []
+        parts += [str(training["hardware"])] if training.get("hardware") else []
         start = results.get("base_model") or results.get("base_weights", {}).get("source")
         base = f", from the weights of {start}" if start else ""
     except (ValueError, KeyError, TypeError) as error:
@@ -73,7 +77,7 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
             f"Cannot read how the weights were trained from {folder / RESULTS_FILE} ({type(error).__name__}: {error}); "
             "remove the file or correct it."
         ) from error
-    return f"{_epochs(epochs)} on {samples:,} images, recipe {recipe}, {hardware}{base}", epochs
+    return f"{', '.join(parts)}{base}", epochs
 
 
 def _epochs(count: int) -> str:

@@ -1,9 +1,9 @@
 """The report as one self-contained page, and its figures as files."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..base.new_folder import is_new, new_folder
 from ..evaluation.bench import LAST_EXIT, Timing
 from .about import About
 from .drawbacks import where_it_loses
@@ -45,12 +45,9 @@ def write_report(
     check_new(folder)
     drawings = draw(findings, timings)
     page = render(drawings, findings, about, timings, chosen, strip, notes)
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    (new / PAGE).write_text(page, encoding="utf-8")
-    files = [new / PAGE, *(file for drawing in drawings.values() for file in drawing.write(new))]
-    new.replace(folder)
+    with new_folder(folder) as new:
+        (new / PAGE).write_text(page, encoding="utf-8")
+        files = [new / PAGE, *(file for drawing in drawings.values() for file in drawing.write(new))]
     return [folder / file.name for file in files]
 
 
@@ -58,7 +55,7 @@ def check_new(folder: Path) -> None:
     """Raise ``ValueError`` unless a report can be written to ``folder`` without replacing anything."""
     if not folder.resolve().parent.is_dir():
         raise ValueError(f"--output is {folder}; there is no folder {folder.parent}.")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not is_new(folder):
         raise ValueError(f"--output is {folder}, which is there already; give a folder that does not exist.")
 
 

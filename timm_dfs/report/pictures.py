@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..base.model import MultiExitModel
 from ..data.images import as_pictures
+from ..inference.policy import ExitPolicy
 
 LARGEST = 96
 """Largest height and width of a displayed image, in pixels."""
@@ -52,7 +53,7 @@ def strip(
     model: MultiExitModel,
     dataset: Any,
     logits: torch.Tensor,
-    exit_index: torch.Tensor,
+    policy: ExitPolicy,
     labels: Sequence[str],
     each: int = 12,
 ) -> list[ExitPictures]:
@@ -61,11 +62,12 @@ def strip(
     Args:
         model: Network that the images were prepared for.
         dataset: Function from an index to an image, normalised (C, H, W), and its target, in the order of ``logits``.
-        logits: Logits (E, N, C).
-        exit_index: Exit that each sample takes (N,).
+        logits: The exits' own logits (E, N, C).
+        policy: Policy that chooses the exits and predicts.
         labels: Names of the classes.
         each: Largest number of images per exit.
     """
+    exit_index, predictions = policy.exit_index(logits), policy.predicted(logits).argmax(-1)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for k in range(len(logits)):
@@ -75,7 +77,7 @@ def strip(
         for i in chosen:
             image, target = dataset[i]
             (picture,) = as_pictures(model, image[None])
-            predicted, truth = int(logits[k, i].argmax()), int(target)
+            predicted, truth = int(predictions[k, i]), int(target)
             pictures.append(Picture(data_uri(picture), labels[predicted], labels[truth], predicted == truth))
         rows.append(ExitPictures(k, len(taken), tuple(pictures)))
     return rows

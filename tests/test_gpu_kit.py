@@ -413,6 +413,7 @@ REFUSED = {
     "erasing with noise": (dict(reprob=0.1, remode="pixel"), "'pixel'"),
     "float16": (dict(amp=True), "'float16'"),
     "no rate": (dict(lr=None), "lr None"),
+    "timm's crop beside ours": (dict(pad=4, color_jitter=0.4), "color_jitter would be ignored"),
 }
 
 

@@ -44,7 +44,8 @@ def test_exits_that_never_answer_are_grey_and_patience_counts_predictions():
     page = space.describe(alike, timm_dfs.ExitPolicy([2, 2, 2, 0], "patience"), LABELS, [*COSTS, 50_000_000], WHOLE)
     assert "Exit 2 of" in page and "never" not in page and page.count("<td>2.00</td>") == 3
     off = shown(None, 0.9, 0.0)
-    assert off.count("dfs-unused") == 2 and "never" in off.partition("<td>1</td>")[0]
+    assert re.findall(r'<tr class="([\w-]*)">', off) == ["dfs-unused", "dfs-taken", "dfs-unused"]
+    assert "never" in off.partition("<td>1</td>")[0]
 
 
 def test_a_class_is_named_as_text_not_as_html():

@@ -71,6 +71,10 @@ OPTIMIZERS = {"sgd", "momentum"}
 """torch's SGD, with and without Nesterov momentum: the one whose fused step takes its rate from the device."""
 
 
+OF_TIMMS_CROP = {"train_crop_mode", "scale", "ratio", "color_jitter", "train_interpolation"}
+"""Settings of the crop that ``pad`` replaces."""
+
+
 def read_recipe(file: Path | None, settings: dict[str, Any]) -> argparse.Namespace:
     """Read a YAML file of train.py's kind.
 
@@ -88,6 +92,9 @@ def read_recipe(file: Path | None, settings: dict[str, Any]) -> argparse.Namespa
     if unknown:
         raise ValueError(f"This loop does not know {', '.join(unknown)}; leave it out, or train with train.py.")
     args = argparse.Namespace(**{**DEFAULTS, **given})
+    without_effect = sorted(given.keys() & OF_TIMMS_CROP)
+    if args.pad is not None and without_effect:
+        raise ValueError(f"pad is {args.pad}, with which {', '.join(without_effect)} would be ignored; leave them out.")
     _check(args)
     return args
 

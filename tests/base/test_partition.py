@@ -175,6 +175,11 @@ def test_an_unknown_referencing_is_refused_by_its_value(referencing):
     assert repr(referencing) in str(error.value)
 
 
+def test_yaml_s_reading_of_off_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="in quotation marks"):
+        Partition(4, 0.5, False)
+
+
 @pytest.mark.parametrize("beta", [None, 0.5])
 def test_a_feature_with_other_channels_is_refused_by_its_shape(beta):
     with pytest.raises(ValueError, match=r"4 channels on axis 1.*\(2, 5, 3\)"):

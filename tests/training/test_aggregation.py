@@ -113,7 +113,9 @@ def test_two_conflicting_exits_get_the_gradient_computed_by_hand(aggregator, exp
     weight = nn.Parameter(torch.zeros(2))
     outputs = [(weight * torch.tensor(row)).sum().view(1, 1) for row in ([1.0, 0.0], [-1.0, 1.0])]
     objective = Objective(aggregator=aggregator)
-    loss = AggregatedExitsLoss(lambda logits, _: logits.sum(), objective, [weight], 2)(outputs, torch.zeros(1).long())
+    loss = AggregatedExitsLoss(lambda logits, _: logits.sum(), objective, lambda: [weight], 2)(
+        outputs, torch.zeros(1).long()
+    )
     loss.backward()
     assert torch.allclose(weight.grad, torch.tensor(expected), atol=1e-3)
 
@@ -291,7 +293,38 @@ def test_accumulating_gradients_is_refused_with_the_remedy(aggregator):
     task = task_of(tiny_vgg(aggregator=aggregator).train())
     backward(task, images(6))
     with pytest.raises(ValueError, match=f"aggregator='{aggregator}' .*--grad-accum-steps"):
-        task(images(6), LABELS)
+        backward(task, images(6))
+
+
+def test_gradients_may_be_set_to_zero_after_the_forward_pass():
+    task = task_of(tiny_vgg(aggregator="UPGrad").train())
+    for _ in range(2):
+        loss = task(images(6), LABELS)["loss"]
+        task.zero_grad()
+        loss.backward()
+
+
+def test_parameters_that_were_replaced_after_the_task_was_made_are_trained():
+    model = tiny_vgg(aggregator="UPGrad").train()
+    task = task_of(model)
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    model.reset_classifier(CLASSES)
+    backward(task, images(6))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_exits_that_reach_frozen_layers_alone_count_for_nothing():
+    model = tiny_vgg(aggregator="UPGrad", train_backbone=True, beta="joint").train()
+    for parameter in [*model.stages[0].parameters(), *model.heads[0].parameters()]:
+        parameter.requires_grad_(False)
+    backward(task_of(model), images(6))
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_second_derivatives_are_refused():
+    loss = task_of(tiny_vgg(beta="joint", aggregator="UPGrad").train())(images(6), LABELS)["loss"]
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        loss.backward(create_graph=True)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -232,9 +232,10 @@ def test_a_model_without_exits_is_refused():
         lambda: tiny_vgg(beta=0.0),
         lambda: tiny_resnet(beta=0.0),
         lambda: tiny_vgg(beta="joint", train_backbone=False),
+        lambda: tiny_vgg(beta="joint", train_backbone=False, loss_weights=(1, 1, 0)),
         lambda: tiny_vgg(depths=(1,), widths=(6,)),
     ],
-    ids=["beta 0", "beta 0 in stages", "frozen", "one exit"],
+    ids=["beta 0", "beta 0 in stages", "frozen", "frozen with the last exit", "one exit"],
 )
 def test_a_model_without_shared_layers_is_refused(model):
     with pytest.raises(ValueError, match="No layer is trained by two exits"):

@@ -45,6 +45,13 @@ def exit_logits(exits=3, seed=0):
     return [torch.randn(6, CLASSES, generator=generator).requires_grad_() for _ in range(exits)]
 
 
+def test_a_loss_of_logits_refuses_an_aggregator_and_outputs_without_distances():
+    with pytest.raises(ValueError, match="aggregator is 'UPGrad', which a loss of logits cannot apply"):
+        ExitsLoss(F.cross_entropy, Objective(aggregator="UPGrad"))
+    with pytest.raises(ValueError, match=r"distill_feature_weight is 0\.1, but .* no distances"):
+        loss_of(dict(distill_feature_weight=0.1), exit_logits())
+
+
 def loss_of(objective, logits, target=LABELS, criterion=F.cross_entropy):
     return ExitsLoss(criterion, Objective(**objective))(logits, target)
 

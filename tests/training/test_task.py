@@ -25,6 +25,7 @@ from torch import nn
 import timm_dfs
 from timm_dfs import ExitsLoss
 from timm_dfs.training.teacher import decoupled as parts_of_dkd
+from timm_dfs.training.teacher import seen_by_teacher
 
 LABELS = torch.tensor([0, 3, 1, 4])
 SOFT = torch.nn.functional.one_hot(LABELS, CLASSES).float() * 0.8 + 0.04
@@ -278,6 +279,11 @@ def test_settings_of_a_teacher_are_refused_where_there_is_none(settings):
         ClassificationTask(tiny_vgg(**settings), nn.CrossEntropyLoss(), verbose=False)
 
 
+def test_images_in_half_precision_are_enlarged_for_the_teacher():
+    seen = seen_by_teacher(images(2, 16).bfloat16(), 24, tiny_vgg())
+    assert seen.shape[-1] == 24 and seen.dtype == torch.bfloat16
+
+
 def test_the_teacher_sees_images_at_its_own_size():
     shapes, outside = [], teacher()
     outside.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape)))
@@ -404,6 +410,19 @@ def test_setting_the_classifiers_bias_sets_every_exits(make):
     with torch.no_grad():
         model.get_classifier().bias.mul_(-3)
     assert all((head.fc.bias == -3.0).all() for head in model.heads)
+
+
+@pytest.mark.parametrize("name", ["crossvit_tiny_240", "levit_128s", "repvit_m0_9"])
+def test_classifiers_of_several_layers_are_scaled_and_set_too(name):
+    model = timm.create_model(f"dfs_{name}", num_classes=CLASSES)
+    classifiers = model.get_classifier()
+    last = [part for part in classifiers[-1].modules() if isinstance(part, nn.Linear)]
+    before = [layer.weight.clone() for layer in last]
+    with torch.no_grad():
+        classifiers.weight.mul_(0.5)
+    nn.init.constant_(classifiers.bias, 0.25)
+    assert before and all(torch.equal(layer.weight, 0.5 * old) for layer, old in zip(last, before))
+    assert all((layer.bias == 0.25).all() for layer in last)
 
 
 def test_setting_an_absent_bias_is_refused():

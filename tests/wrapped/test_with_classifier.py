@@ -53,6 +53,11 @@ def test_an_encoders_twin_has_the_requested_classes(name):
     assert [answer.shape[1] for answer in features.forward_exits(x())] == features.pooled_widths()
 
 
+def test_an_encoders_twin_takes_the_dropout_that_train_py_gives_every_model(name):
+    model = timm.create_model(f"dfs_{name}", num_classes=5, exits=3, drop_rate=0.5, **settings())
+    assert [head.drop.p for head in model.heads] + [model.backbone.head.drop.p] == [0.5] * 3
+
+
 @torch.no_grad()
 def test_an_encoders_batch_is_predicted_as_its_samples_are(name):
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -23,11 +24,27 @@ class Classifiers(tuple[nn.Module, ...]):
 
     @property
     def weight(self) -> "_InPlace":
-        return _InPlace("weight", (getattr(classifier, "weight", None) for classifier in self))
+        return _InPlace("weight", (layer.weight for classifier in self for layer in _last_layers(classifier)))
 
     @property
     def bias(self) -> "_InPlace":
-        return _InPlace("bias", (getattr(classifier, "bias", None) for classifier in self))
+        return _InPlace("bias", (layer.bias for classifier in self for layer in _last_layers(classifier)))
+
+
+def _last_layers(classifier: nn.Module) -> list[Any]:
+    """The linear layers of a classifier that put out logits: one, or several side by side, whose logits are averaged.
+
+    Raises:
+        ValueError: If there is none, but the classifier has parameters.
+    """
+    layers: list[Any] = [part for part in classifier.modules() if isinstance(part, (nn.Linear, _ConvNd))]
+    if not layers and any(True for _ in classifier.parameters()):
+        raise ValueError(f"The classifier {type(classifier).__name__} has no linear layer to scale or set.")
+    return [layer for layer in layers if _outputs(layer) == _outputs(layers[-1])]
+
+
+def _outputs(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 class _InPlace:

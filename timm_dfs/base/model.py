@@ -490,7 +490,10 @@ def _differs(own: torch.Tensor, given: torch.Tensor | None) -> bool:
 
 
 def _without_strange_adapters(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:
-    """Remove adapters, which serve training only, from a state dict for a model that has none."""
+    """Fit a state dict's adapters, which serve training only, to the model's: remove them, or start with its own."""
+    given = [key for key in state_dict if key.startswith(f"{prefix}adapters.")]
     if model.adapters is None:
-        for key in [key for key in state_dict if key.startswith(f"{prefix}adapters.")]:
+        for key in given:
             del state_dict[key]
+    elif not given and state_dict:
+        state_dict.update((f"{prefix}adapters.{key}", value) for key, value in model.adapters.state_dict().items())

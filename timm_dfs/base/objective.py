@@ -38,7 +38,7 @@ class Objective:
         teacher_size: Height and width in pixels at which that network sees the images; ``None``: those of training.
 
     Raises:
-        ValueError: If a value is not one of those listed above.
+        ValueError: If a value is not one of those listed above, or would change nothing beside the others.
 
     Example:
         >>> import timm, timm_dfs
@@ -85,10 +85,25 @@ class Objective:
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"teacher_size is {size!r}; give a number of pixels, or None for those of training.")
 
+        self._check_effect()
         for name in ("distill_weight", "distill_temperature", "distill_feature_weight"):
             object.__setattr__(self, name, float(getattr(self, name)))
         if weights is not None:
             object.__setattr__(self, "loss_weights", tuple(map(float, weights)))  # a copy: the caller's list may change
+
+    def _check_effect(self) -> None:
+        """Raise ``ValueError`` if a setting would change nothing."""
+        if self.distill_temperature != Objective.distill_temperature and not self.distill_weight:
+            raise ValueError(
+                f"distill_temperature is {self.distill_temperature!r}, but distill_weight is 0, so that it has no "
+                "effect; give a weight, or leave the temperature out."
+            )
+        for name in ("distill_weight", "distill_feature_weight"):
+            if getattr(self, name) and self.loss_weights is not None and not any(list(self.loss_weights)[:-1]):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but loss_weights gives the early exits, which it teaches, no "
+                    "weight; leave one out."
+                )
 
     @property
     def frozen_exits(self) -> frozenset[int]:

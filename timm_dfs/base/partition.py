@@ -76,8 +76,12 @@ def changes_values(referencing: str | None, beta: Any) -> bool:
     return referencing == "off" and beta not in (JOINT, None)
 
 
-def check_referencing(referencing: str) -> None:
+def check_referencing(referencing: Any) -> None:
     """Raise ``ValueError`` unless ``referencing`` is one of :data:`REFERENCING`."""
+    if referencing is False:  # YAML's reading of a bare off
+        raise ValueError(
+            "referencing is False; in a recipe write 'off' in quotation marks, which YAML reads as a word."
+        )
     if referencing not in REFERENCING:
         raise ValueError(f"referencing is {referencing!r}; choose one of {', '.join(map(repr, REFERENCING))}.")
 

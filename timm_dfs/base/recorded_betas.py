@@ -45,6 +45,11 @@ def compare_betas(model: Any, state_dict: dict, prefix: str, *_) -> None:
     if found is None or found.is_meta:
         return
     trained = found.tolist()
+    if ours and len(trained) != len(ours):
+        raise ValueError(
+            f"The weights are of a network with {len(trained) + 1} exits, and the model has {len(ours) + 1}; create it "
+            "with the exits that they were trained with."
+        )
     if len(trained) != len(ours) or any(abs(a - b) > TOLERANCE for a, b in zip(trained, ours)):
         raise ValueError(
             f"The weights were trained with referencing='off' and beta={[round(beta, 3) for beta in trained]}, but the "

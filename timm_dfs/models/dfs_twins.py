@@ -122,14 +122,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     if state_dict and not _has_exits(state_dict):
         from_base = True
         base_overlay.update(_fitting(state_dict, cfg, overlay or {}, kwargs, objective.freezes_last_exit))
-    backbone: Any = timm.create_model(
-        _tagged(base, cfg, from_base),
-        pretrained=from_base,
-        pretrained_cfg_overlay=base_overlay,
-        **kwargs,
-    )
-    if is_encoder(backbone):
-        backbone = WithClassifier(backbone, kwargs.get("num_classes", 0))
+    backbone = _backbone(_tagged(base, cfg, from_base), from_base, base_overlay, kwargs)
     if from_base and state_dict and not _fingerprints(state_dict) & _fingerprints(backbone.state_dict()):
         raise ValueError(f"The weights from {weights.source} are neither {name}'s nor {base}'s; give one of theirs.")
     if "img_size" in kwargs:
@@ -174,6 +167,20 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     settle_presets(model, trained_args, kwargs)
     model.train_for(objective)
     return model
+
+
+def _backbone(name: str, pretrained: bool, overlay: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """timm's model, with a classifier of ours if it is an encoder, whose dropout is then ours as well."""
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+    except TypeError as error:
+        if "'drop_rate'" not in str(error):  # train.py gives it to every model; Gemma's encoders take none
+            raise
+        without = {key: value for key, value in kwargs.items() if key != "drop_rate"}
+        backbone = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **without)
+    if is_encoder(backbone):
+        return WithClassifier(backbone, kwargs.get("num_classes", 0), kwargs.get("drop_rate", 0.0))
+    return backbone
 
 
 def _num_exits(model_args: dict[str, Any]) -> int | None:

@@ -45,25 +45,31 @@ class AggregatedExitsLoss(ExitsLoss):
     Args:
         criterion: Loss of one exit.
         objective: Settings; ``objective.aggregator`` names the aggregator.
-        parameters: The model's parameters.
+        parameters: Function that gives the model's parameters, asked at each step: they may be replaced.
         num_exits: Number of exits of the model.
 
     Raises:
         ModuleNotFoundError: If torchjd is not installed.
-        ValueError: In training, if the model is compiled, or if parameters have gradients already, because aggregates
-            of partial batches do not add up to the aggregate of the batch.
+        ValueError: In training, if the model is compiled; in the backward pass, if parameters have gradients already,
+            because aggregates of partial batches do not add up to the aggregate of the batch.
     """
 
-    def __init__(self, criterion: Criterion, objective: Objective, parameters: Iterable[nn.Parameter], num_exits: int):
+    def __init__(
+        self,
+        criterion: Criterion,
+        objective: Objective,
+        parameters: Callable[[], Iterable[nn.Parameter]],
+        num_exits: int,
+    ):
         super().__init__(criterion, objective)
-        self._of_model = list(parameters)
+        self._of_model = parameters
         weights = objective.loss_weights or [1.0] * num_exits
         self._counting = [k for k, weight in enumerate(weights) if weight > 0]  # exits of weight 0 are left out
         self._aggregate = make_aggregator(str(objective.aggregator), len(self._counting))
 
     @property
     def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._of_model if parameter.requires_grad]
+        return [parameter for parameter in self._of_model() if parameter.requires_grad]
 
     def forward(
         self,
@@ -73,23 +79,18 @@ class AggregatedExitsLoss(ExitsLoss):
     ) -> torch.Tensor:
         if isinstance(outputs, torch.Tensor) or not torch.is_grad_enabled():
             return super().forward(outputs, target, teacher)
-        if any(parameter.grad is not None and parameter.grad.any() for parameter in self._trained):
-            raise ValueError(
-                f"aggregator={self.objective.aggregator!r} found gradients of an earlier batch. Aggregated gradients "
-                "cannot be accumulated over batches; train without --grad-accum-steps."
-            )
-        losses = self.of_each_exit(outputs, target, teacher)
+        losses, trained = self.of_each_exit(outputs, target, teacher), self._trained
         value = torch.stack(losses).sum().detach()
-        return _WithGradient.apply(value, self._gradients(losses), *self._trained)
+        return _WithGradient.apply(value, self._gradients(losses, trained), self.objective.aggregator, *trained)
 
-    def _gradients(self, losses: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _gradients(self, losses: Sequence[torch.Tensor], trained: list[nn.Parameter]) -> list[torch.Tensor | None]:
         """The gradient of every trained parameter; ``None`` where no loss reaches it."""
-        rows = [self._gradients_of(losses[k], last=k == self._counting[-1]) for k in self._counting]
+        rows = [self._gradients_of(losses[k], trained, last=k == self._counting[-1]) for k in self._counting]
         self._drop_zeros(rows)
-        counts = [sum(row[i] is not None for row in rows) for i in range(len(self._trained))]
+        counts = [sum(row[i] is not None for row in rows) for i in range(len(trained))]
         shared = [i for i, count in enumerate(counts) if count > 1]
-        jacobian = self._jacobian(rows, shared)
-        gradients = [next((row[i] for row in rows if row[i] is not None), None) for i in range(len(self._trained))]
+        jacobian = self._jacobian(rows, shared, trained)
+        gradients = [next((row[i] for row in rows if row[i] is not None), None) for i in range(len(trained))]
         if not shared:
             return gradients
         if distributed.is_available() and distributed.is_initialized():
@@ -98,8 +99,8 @@ class AggregatedExitsLoss(ExitsLoss):
         # Gradients that are not finite stay so, for the training script's own check.
         with torch.autocast(jacobian.device.type, enabled=False):
             aggregated = self._aggregate(jacobian) if jacobian.isfinite().all() else jacobian.sum(0)
-        for i, gradient in zip(shared, aggregated.split([self._trained[i].numel() for i in shared])):
-            gradients[i] = gradient.view_as(self._trained[i]).to(self._trained[i].dtype)
+        for i, gradient in zip(shared, aggregated.split([trained[i].numel() for i in shared])):
+            gradients[i] = gradient.view_as(trained[i]).to(trained[i].dtype)
         return gradients
 
     @staticmethod
@@ -124,10 +125,13 @@ class AggregatedExitsLoss(ExitsLoss):
                 if not any(row is other for other in kept):
                     row[i] = None
 
-    def _jacobian(self, rows: list[list[torch.Tensor | None]], shared: list[int]) -> torch.Tensor:
+    @staticmethod
+    def _jacobian(
+        rows: list[list[torch.Tensor | None]], shared: list[int], trained: list[nn.Parameter]
+    ) -> torch.Tensor:
         """The shared parameters' gradients, one row for each exit. Moved out of ``rows`` one by one, to save memory."""
-        sizes = [self._trained[i].numel() for i in shared]
-        jacobian = self._trained[0].new_empty(len(rows), sum(sizes), dtype=torch.float32)
+        sizes = [trained[i].numel() for i in shared]
+        jacobian = trained[0].new_empty(len(rows), sum(sizes), dtype=torch.float32)
         for i, columns in zip(shared, jacobian.split(sizes, dim=1)):
             for row, part in zip(rows, columns):
                 gradient, row[i] = row[i], None
@@ -137,9 +141,11 @@ class AggregatedExitsLoss(ExitsLoss):
                     part.copy_(gradient.flatten())
         return jacobian
 
-    def _gradients_of(self, loss: torch.Tensor, last: bool) -> list[torch.Tensor | None]:
+    def _gradients_of(self, loss: torch.Tensor, trained: list[nn.Parameter], last: bool) -> list[torch.Tensor | None]:
+        if not loss.requires_grad:  # all that it reaches is frozen
+            return [None] * len(trained)
         try:
-            return list(torch.autograd.grad(loss, self._trained, retain_graph=not last, allow_unused=True))
+            return list(torch.autograd.grad(loss, trained, retain_graph=not last, allow_unused=True))
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise
@@ -153,10 +159,21 @@ class _WithGradient(torch.autograd.Function):
     """A value whose gradients with respect to some parameters are given."""
 
     @staticmethod
-    def forward(ctx, value, gradients, *parameters):
-        ctx.gradients = gradients
+    def forward(ctx, value, gradients, aggregator, *parameters):
+        ctx.gradients, ctx.aggregator, ctx.parameters = gradients, aggregator, parameters
         return value.clone()
 
     @staticmethod
     def backward(ctx, scale):
-        return None, None, *(None if gradient is None else scale * gradient for gradient in ctx.gradients)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"aggregator={ctx.aggregator!r} has no second derivatives (create_graph=True, which AdaHessian needs); "
+                "use another optimizer, or leave the aggregator out."
+            )
+        if any(parameter.grad is not None and parameter.grad.any() for parameter in ctx.parameters):
+            raise ValueError(
+                f"aggregator={ctx.aggregator!r} found gradients of an earlier batch. Aggregated gradients cannot be "
+                "accumulated over batches: train without --grad-accum-steps, and call optimizer.zero_grad() between "
+                "two backward passes."
+            )
+        return None, None, None, *(None if gradient is None else scale * gradient for gradient in ctx.gradients)

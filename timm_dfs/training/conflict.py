@@ -72,9 +72,12 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
         for x, target in loader:
             x = as_images(model, x)
             logits = model.forward_exits(x)
-            gradients = []
+            gradients: list[dict[str, torch.Tensor]] = []
             for k, exit_logits in enumerate(logits):
                 loss = F.cross_entropy(exit_logits, target.to(x.device))
+                if not loss.requires_grad:  # all that this exit reaches is frozen
+                    gradients.append({})
+                    continue
                 raw = torch.autograd.grad(
                     loss, [p for _, p in named], retain_graph=k < model.num_exits - 1, allow_unused=True
                 )

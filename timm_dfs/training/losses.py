@@ -28,6 +28,10 @@ class ExitsLoss(nn.Module):
         criterion: Loss of one exit, called with logits (B, C) and the targets.
         objective: Weights and distillation; by default an unweighted sum.
 
+    Raises:
+        ValueError: If the objective has an aggregator, which needs the exits' gradients; or, when called, if features
+            are to be distilled and the outputs have no distances.
+
     Example:
         >>> import torch, timm_dfs
         >>> loss = timm_dfs.ExitsLoss(torch.nn.CrossEntropyLoss(), timm_dfs.Objective(loss_weights=[0.5, 1]))
@@ -40,6 +44,11 @@ class ExitsLoss(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.objective = objective or Objective()
+        if self.objective.aggregator and type(self) is ExitsLoss:
+            raise ValueError(
+                f"aggregator is {self.objective.aggregator!r}, which a loss of logits cannot apply; train with timm's "
+                "ClassificationTask(model, criterion), as train.py does."
+            )
         self._batches = 0
         self._sums: list[torch.Tensor] = []
 
@@ -58,6 +67,11 @@ class ExitsLoss(nn.Module):
         logits, distances = outputs, None
         if objective.distill_feature_weight > 0:
             *logits, distances = outputs
+            if distances.shape != (len(logits) - 1,):
+                raise ValueError(
+                    f"distill_feature_weight is {objective.distill_feature_weight}, but the model's outputs have no "
+                    "distances of features; create the model with that weight."
+                )
         losses = [self.criterion(exit_logits, target) for exit_logits in logits]
         self._log(losses, logits, target)
         if objective.distill_weight > 0:

@@ -55,7 +55,7 @@ def exits_loss(model: MultiExitModel, criterion: Criterion) -> ExitsLoss:
         criterion: Loss of one exit.
     """
     if model.objective.aggregator:
-        return AggregatedExitsLoss(criterion, model.objective, model.parameters(), model.num_exits)
+        return AggregatedExitsLoss(criterion, model.objective, model.parameters, model.num_exits)
     return ExitsLoss(criterion, model.objective)
 
 

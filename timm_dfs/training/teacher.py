@@ -113,7 +113,8 @@ def seen_by_teacher(images: torch.Tensor, size: int | None, teacher: nn.Module) 
     if size is not None:
         if images.shape[-2:] == (size, size):
             return images
-        return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        enlarged = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        return enlarged.to(images.dtype)  # in half precision it is not implemented on CPUs
     trained_at = (getattr(unwrap_model(teacher), "pretrained_cfg", None) or {}).get("input_size", (0,))[-1]
     if images.shape[-1] < SMALL * trained_at:
         warnings.warn(

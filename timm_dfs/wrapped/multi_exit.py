@@ -177,6 +177,11 @@ class MultiExit(MultiExitModel):
             )
         visit, exits, deepest = self.visits(visit, exits)
         if self.grad_checkpointing and torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    "Gradient checkpointing of a wrapped backbone does not work in compiled code, which passes by its "
+                    "exit points; train without --torchcompile, or without --grad-checkpointing."
+                )
             refuse_reentrant()
         read = read or self.answer
         last = self.num_exits - 1

@@ -20,14 +20,17 @@ class WithClassifier(nn.Module):
     Args:
         encoder: A timm model without a classifier, such as ``gemma4_vit_167m_enc``.
         num_classes: Classes; 0 for the pooled features.
+        drop_rate: Dropout rate before the classifier.
     """
 
-    def __init__(self, encoder: nn.Module, num_classes: int = 0):
+    def __init__(self, encoder: nn.Module, num_classes: int = 0, drop_rate: float = 0.0):
         super().__init__()
         traits: Any = encoder
         like = next(encoder.parameters())
         self.encoder = traits
-        self.head = ExitHead(traits.num_features, num_classes, device=like.device, dtype=like.dtype)
+        self.head = ExitHead(
+            traits.num_features, num_classes, drop_rate=drop_rate, device=like.device, dtype=like.dtype
+        )
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = traits.num_features
         self.output_fmt = getattr(encoder, "output_fmt", "NCHW")

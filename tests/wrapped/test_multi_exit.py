@@ -666,6 +666,13 @@ def test_after_compiling_eager_mode_works(plain):
     assert_same_logits(model, plain["NCHW"])
 
 
+def test_checkpointing_in_compiled_code_is_refused_with_the_remedy():
+    model = wrapped("NLC").train()
+    model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match=r"train without --torchcompile, or without --grad-checkpointing"):
+        torch.compile(model, backend="eager")(x())
+
+
 def test_a_compiled_model_predicts(plain):
     torch._dynamo.reset()
     model, batch = plain["NCHW"], x(8)

@@ -177,11 +177,6 @@ class MultiExit(MultiExitModel):
             )
         visit, exits, deepest = self.visits(visit, exits)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            if torch.compiler.is_compiling():
-                raise ValueError(
-                    "Gradient checkpointing of a wrapped backbone does not work in compiled code, which passes by its "
-                    "exit points; train without --torchcompile, or without --grad-checkpointing."
-                )
             refuse_reentrant()
         read = read or self.answer
         last = self.num_exits - 1
@@ -229,9 +224,17 @@ class MultiExit(MultiExitModel):
         return state
 
     def _missed(self, exit_index: int) -> ValueError:
-        return ValueError(
+        missed = (
             f"This forward pass of {type(self.backbone).__name__} did not reach the exit point "
-            f"{self.exit_points[exit_index]} in its turn, so that logits would be wrong. If modules of the backbone "
+            f"{self.exit_points[exit_index]} in its turn, so that logits would be wrong. "
+        )
+        if self.grad_checkpointing and torch.is_grad_enabled():  # compiled code leaves it, and passes by the hooks
+            return ValueError(
+                f"{missed}Gradient checkpointing of a wrapped backbone does not work in compiled code: train without "
+                "--torchcompile, or without --grad-checkpointing."
+            )
+        return ValueError(
+            f"{missed}If modules of the backbone "
             "are compiled on their own (module.compile()), which skips exit points, compile the whole network instead "
             "(torch.compile(model)); else choose other modules for the exits."
         )

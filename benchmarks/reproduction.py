@@ -64,6 +64,7 @@ def generated(root: Path) -> dict[str, str]:
         for name in ("study.jsonl", "study_randaugment.jsonl", "fine_tuned.jsonl")
     )
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
+    conflict = json.loads((root / "benchmarks/results/conflict.json").read_text())
     dfs, joint = results[DFS], results[JOINT]
     settings, fine_tuned_settings = (
         json.loads((root / "hub" / name / "config.json").read_text())["model_args"] for name in (DFS, FINE_TUNED_DFS)
@@ -75,6 +76,7 @@ def generated(root: Path) -> dict[str, str]:
         speed_up=lambda speeds: speeds["DFS 0.5"] / speeds["joint"],
     ).render(
         verdict=verdict,
+        clearly_ahead=lambda found: _clear(found, 1) or "no exit",
         minus=lambda ours, theirs: [a - b for a, b in zip(ours, theirs)],
         numbers=numbers,
         dfs=dfs,
@@ -100,6 +102,7 @@ def generated(root: Path) -> dict[str, str]:
         fine_tuned=dict(dfs=fine_tuned[FINE_TUNED_DFS], joint=fine_tuned[FINE_TUNED_JOINT]),
         distill_weight=SETTINGS["joint, distilled"]["distill_weight"],
         speeds=speeds,
+        conflict=conflict,
     )
     title = f"{DFS}, {dfs['training']['epochs']} epochs: top-1 accuracy, %"
     return {TEXT: text, PLOT: curve.draw_two(title, dfs, joint, ("DFS", "joint"))}
@@ -216,12 +219,14 @@ def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]])
 
 def verdict(found: list[Difference]) -> str:
     """Sentence on the exits at which a setting is clearly ahead of or behind joint training."""
-    where = {
-        word: in_words([k for k, difference in enumerate(found) if difference.clear and sign * difference.mean > 0])
-        for word, sign in dict(ahead=1, behind=-1).items()
-    }
+    where = {word: _clear(found, sign) for word, sign in dict(ahead=1, behind=-1).items()}
     parts = [f"clearly {word} at {exits}" for word, exits in where.items() if exits]
     return "; ".join(parts) or "no clear difference to joint training at any exit"
+
+
+def _clear(found: list[Difference], sign: int) -> str:
+    """Exits at which the differences are clearly positive, or negative, in words; nothing for none."""
+    return in_words([k for k, difference in enumerate(found) if difference.clear and sign * difference.mean > 0])
 
 
 if __name__ == "__main__":

@@ -47,6 +47,17 @@ def root(tmp_path):
         for file in ("results.json", "config.json"):
             (tmp_path / "hub" / name / file).write_text((ROOT / "hub" / name / file).read_text())
     shutil.copytree(ROOT / "benchmarks/results/epochs79", tmp_path / "benchmarks/results/epochs79")
+    measured = [
+        dict(network=name, beta=beta, conflicting=share, pairs=100, mean_cosine=0.5)
+        for name, beta, share in (
+            (reproduction.JOINT, "joint", 0.07),
+            (reproduction.JOINT, 0.5, 0.06),
+            (reproduction.DFS, "joint", 0.05),
+            (reproduction.DFS, 0.5, 0.04),
+        )
+    ]
+    conflict = dict(batches=2, batch_size=9, measured=measured)
+    (tmp_path / "benchmarks/results/conflict.json").write_text(json.dumps(conflict))
     (tmp_path / "benchmarks/results/short").mkdir()
     for name, behind in {reproduction.DFS: 2.0, reproduction.JOINT: 0.0}.items():
         short = dict(training=dict(dfs["training"], epochs=3), test=dict(top1=[30.0 - behind] * 7))
@@ -161,6 +172,15 @@ def test_the_exits_at_which_dfs_is_ahead_are_named(root):
     assert "DFS is ahead of joint training at exits 0, 4 and behind at exits 2, 3, 5, 6." in text(root)
 
 
+def test_the_conflict_in_training_is_that_of_each_networks_own_gradients(root):
+    section = text(root).partition("## Gradient conflict")[2].partition("## A pretrained")[0]
+    assert "| DFS | with the partition | 100 | 4.0 % | 0.500 |" in section
+    assert (
+        "on average 7 pairs conflict with joint training and 4 with DFS" in section
+        and "has fewer conflicts." in section
+    )
+
+
 def test_another_precision_of_joint_training_is_named(root):
     file = root / "benchmarks/results/epochs79" / f"{reproduction.JOINT}.json"
     results = json.loads(file.read_text())
@@ -266,7 +286,7 @@ def test_the_study_says_whether_partitioned_exits_disagree_more_and_gain_more_to
     assert cells(section.split("| setting |")[1], "one-sided 0.5") == ["3"] + ["38.50 (**-1.50 ± 0.00**)"] * 4
     assert "an exit disagrees with the last one differs by +0.0 to +1.5 percentage points" in section
     assert "the gain of the exits after the first by +1.50 to +1.50 points" in section
-    assert "ahead of joint training's exits together at no exit." in section
+    assert "ahead of joint training's exits together at no exit, clearly at no exit." in section
     missing = [setting for setting in study.SETTINGS if setting not in ("joint", "one-sided 0.5")]
     assert f"- not run: {'; '.join(missing)}\n" in section
 

@@ -1,5 +1,6 @@
 """Models and images that cannot be evaluated are refused, unlikely ones give a warning, and shapes need no data."""
 
+import threading
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import timm_dfs
-from timm_dfs.base.evaluating import BATCH, on_shapes
+from timm_dfs.base.evaluating import BATCH, evaluating, on_shapes
 
 
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, ModelEmaV3, AveragedModel])
@@ -26,6 +27,28 @@ from timm_dfs.base.evaluating import BATCH, on_shapes
 def test_of_a_wrapper_the_model_inside_is_asked_for(wrapper, evaluate):
     with pytest.raises(ValueError, match=rf"{wrapper.__name__} only wraps a model with exits; give its \.module"):
         evaluate(wrapper(tiny_vgg()))
+
+
+def test_a_model_and_its_compiled_self_are_evaluated_one_after_the_other_and_other_models_meanwhile():
+    model, other, entered = tiny_vgg().train(), tiny_vgg().train(), {}
+
+    def evaluate(name, network):
+        with evaluating(network):
+            entered[name].set()
+
+    def started(name, network):
+        entered[name] = threading.Event()
+        thread = threading.Thread(target=evaluate, args=(name, network))
+        thread.start()
+        return thread
+
+    with evaluating(model):
+        threads = [started("compiled", torch.compile(model)), started("other", other)]
+        assert entered["other"].wait(10) and not entered["compiled"].wait(0.2)
+        assert not any(module.training for module in model.modules())
+    for thread in threads:
+        thread.join()
+    assert all(module.training for module in model.modules())
 
 
 def test_a_wrapper_of_a_model_without_exits_has_no_exits():

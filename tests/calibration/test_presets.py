@@ -169,6 +169,8 @@ def test_weights_without_referencing_load_with_their_own_ratios_alone(beta, tmp_
     for other in (dict(), dict(referencing="off", beta=0.75), dict(referencing="off", beta="joint")):
         with pytest.raises(ValueError, match=r"trained with referencing='off' and beta=.*create it with those"):
             tiny_vgg(**other).load_state_dict(weights)
+    with pytest.raises(ValueError, match="weights are of a network with 3 exits, and the model has 2"):
+        tiny_vgg(depths=(1, 1), widths=(6, 8), referencing="off").load_state_dict(weights)
     same = tiny_vgg(referencing="off", beta=beta).eval()
     same.load_state_dict({key: value.half() for key, value in weights.items()})
     with pytest.warns(UserWarning, match="wrong until it is trained further"):
@@ -179,6 +181,7 @@ def test_weights_without_referencing_load_with_their_own_ratios_alone(beta, tmp_
 
 
 def test_a_folder_without_a_model_is_refused(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"has no config\.json"):
         write_presets(model, tmp_path)
 

@@ -49,6 +49,9 @@ def test_a_folder_of_class_folders_is_the_split_of_its_name(fitted, read, tmp_pa
     refuse_fitted_split(presets, "data", "test")
     refuse_fitted_split(presets, "data/test", ".")
     assert is_test(".", "", "data/test") and not is_test(".", "", "data/val")
+    assert is_test(".[:50%]", "", "data/test")
+    with pytest.raises(ValueError, match="'fast' was fitted on"):
+        refuse_fitted_split(presets, "data/val", ".[:50]")
     monkeypatch.chdir("data")
     assert recorded(".") == "data" and recorded("val") == "val"
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import timm_dfs
 from timm_dfs.cli import app
+from timm_dfs.cli.base import create, refuse_new_classifiers
 from timm_dfs.cli.bench import HALF
 from timm_dfs.evaluation.bench import LAST_EXIT, Timing
 from timm_dfs.models.dfs_twins import BASES
@@ -174,6 +175,7 @@ def test_weights_in_the_folder_that_the_variable_names_are_used_by_every_command
     info = run_json("info", "dfs_vgg7_cifar100")
     assert info["weights"] and len(info["exits"]) == 3
     assert not run_json("info", "dfs_vgg16_imagenet")["weights"]
+    assert_one_line(run("info", "dfs_msdnet_cifar100"), "TIMM_DFS_HUB")  # which has weights, but not there
 
 
 def test_a_folder_called_like_a_model_is_told_apart(calibrated, picture, tmp_path, monkeypatch):
@@ -349,6 +351,28 @@ def test_a_checkpoint_of_a_twin_has_the_classes_that_it_was_trained_on(tmp_path,
     assert_one_line(refused, "3 classes", "4")
 
 
+def test_a_checkpoint_of_an_encoder_has_classes(tmp_path):
+    settings = dict(exits=2, depth=2, embed_dim=32, num_heads=2, img_size=32)
+    model = timm.create_model("dfs_qwen3_vit_88m_enc", num_classes=3, **settings)
+    args = argparse.Namespace(model="dfs_qwen3_vit_88m_enc", num_classes=3, model_kwargs=settings)
+    torch.save(dict(epoch=0, arch=args.model, args=args, state_dict=model.state_dict()), tmp_path / "last.pth.tar")
+    loaded = create(str(tmp_path / "last.pth.tar"), pretrained=True)
+    refuse_new_classifiers(loaded)
+    for ours, theirs in zip(loaded.get_classifier(), model.get_classifier(), strict=True):
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_an_image_that_cannot_be_read_is_named_in_one_line(checkpoint, tmp_path):
+    for name in "abcdef":
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "test" / name / "0.png")
+    (tmp_path / "test" / "b" / "0.png").write_bytes(b"no image")
+    what = "eval", "dfs_vgg7_cifar100", "--checkpoint", checkpoint, "--data-dir", tmp_path
+    with pytest.warns(UserWarning, match="classes"):
+        line = run(*what, "--workers", 1).stderr.strip().splitlines()[-1]
+    assert line.startswith(f"timm-dfs: {tmp_path / 'test' / 'b' / '0.png'} cannot be read")
+
+
 def test_two_checkpoints_are_refused(training_run):
     assert_one_line(run("eval", training_run, "--checkpoint", training_run), "one checkpoint")
 
@@ -450,6 +474,9 @@ def test_presets_fitted_to_images_of_another_size_are_not_kept(training_run, hel
         run_json("calibrate", tmp_path / "model", *held_out, "--img-size", 16, "--output", tmp_path / "small")
     kept = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "small")]
     assert "drop-30" in kept[0]["model_args"]["presets"] and "drop-30" not in kept[1]["model_args"]["presets"]
+    mean = [str(value) for value in kept[0]["pretrained_cfg"]["mean"]]
+    run_json("calibrate", tmp_path / "model", *held_out, "--mean", *mean, "--output", tmp_path / "same")
+    assert "drop-30" in json.loads((tmp_path / "same" / "config.json").read_text())["model_args"]["presets"]
     assert_one_line(run("calibrate", training_run, *held_out, "--output", tmp_path), "has no config.json")
 
 

@@ -382,6 +382,10 @@ def test_presets_that_came_with_weights_go_when_other_weights_are_loaded():
     with pytest.warns(UserWarning, match="Dropped the presets .*weights they were fitted to were replaced"):
         model.load_state_dict(timm.create_model("dfs_msdnet_cifar100.joint", pretrained=True).state_dict())
     assert model.presets == {}
+    other = timm.create_model("dfs_msdnet_cifar100", pretrained=True)
+    statistics = {key: 2 * value if "running_var" in key else value for key, value in other.state_dict().items()}
+    with pytest.warns(UserWarning, match="Dropped the presets"):
+        other.load_state_dict(statistics)
     given = timm.create_model("dfs_msdnet_cifar100", presets=presets)
     given.load_state_dict(model.state_dict())
     assert given.presets == presets, "presets that the caller gave are not the weights'"

@@ -304,6 +304,13 @@ def test_gradients_may_be_set_to_zero_after_the_forward_pass():
         loss.backward()
 
 
+def test_another_loss_may_be_differentiated_between_the_two_passes():
+    model = tiny_vgg(aggregator="UPGrad").train()
+    loss = task_of(model)(images(6), LABELS)["loss"]
+    sum(parameter.square().sum() for parameter in model.parameters()).backward()
+    loss.backward()
+
+
 def test_parameters_that_were_replaced_after_the_task_was_made_are_trained():
     model = tiny_vgg(aggregator="UPGrad").train()
     task = task_of(model)

@@ -1,5 +1,7 @@
 """Exit points are found in the backbone; an impossible one is refused with possible ones."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -177,10 +179,32 @@ def test_exits_before_the_class_token_joins_average_all_patches_and_later_ones_p
     for k, (head, tokens) in enumerate(zip(model.heads, features, strict=True)):
         joined = k >= joins_after
         assert tokens.shape[1] == 16 + joined
-        tokens = torch.randn_like(tokens).requires_grad_()
-        head(tokens).sum().backward()
-        read = (tokens.grad.abs().sum((0, 2)) > 0).tolist()
-        assert read == ([pool == "token"] + 16 * [pool == "avg"] if joined else 16 * [True])
+        assert _tokens_read(head, tokens) == ([pool == "token"] + 16 * [pool == "avg"] if joined else 16 * [True])
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("name", ["coat_lite_tiny", "crossvit_tiny_240"])
+def test_exits_of_backbones_that_do_not_count_their_class_tokens_pool_as_the_backbone(name, pool):
+    model = MultiExit(timm.create_model(name, num_classes=CLASSES, global_pool=pool), 3, beta="joint").eval()
+    size = model.pretrained_cfg["input_size"]
+    for head, tokens in zip(model.heads, _features(model, torch.randn(1, *size)), strict=True):
+        patches = tokens.shape[1] - 1
+        assert patches == math.isqrt(patches) ** 2
+        assert _tokens_read(head, tokens) == [pool == "token"] + patches * [pool == "avg"]
+
+
+@pytest.mark.parametrize("name, point", [("coat_lite_tiny", "patch_embed2"), ("crossvit_tiny_240", "patch_embed.1")])
+def test_an_exit_before_the_class_token_of_such_a_backbone_has_none(name, point):
+    inner = timm.create_model(name, device="meta")
+    (found,) = probe(inner, [point], inner.pretrained_cfg["input_size"])
+    assert found.prefix_tokens == 0
+
+
+def _tokens_read(head, tokens):
+    """Whether the head's logits depend on each token."""
+    tokens = torch.randn_like(tokens).requires_grad_()
+    head(tokens).sum().backward()
+    return (tokens.grad.abs().sum((0, 2)) > 0).tolist()
 
 
 def _features(model, x):
@@ -198,6 +222,12 @@ def _features(model, x):
 def test_prefix_tokens_are_those_in_the_feature(point, prefix_tokens):
     (found,) = probe(backbone("NLC", dynamic_img_size=False), [point], (3, 64, 64))
     assert found.prefix_tokens == prefix_tokens
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (160, 96)])
+def test_a_map_in_the_shape_of_the_image_has_its_channels_on_the_other_axis(size):
+    (found,) = probe(backbone("NLC", dynamic_img_size=True), ["patch_embed"], (3, *size))
+    assert (found.layout, found.channels, found.reduction) == ("NHWC", 64, 16)
 
 
 def test_probing_computes_no_data_and_leaves_the_weights_alone():

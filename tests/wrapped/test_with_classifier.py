@@ -53,6 +53,21 @@ def test_an_encoders_twin_has_the_requested_classes(name):
     assert [answer.shape[1] for answer in features.forward_exits(x())] == features.pooled_widths()
 
 
+def test_encoders_that_take_no_dropout_get_it_before_their_classifiers():
+    small = dict(depth=2, embed_dim=32, num_heads=2, exits=2, num_classes=5, in_chans=3)
+    model = timm.create_model("dfs_gemma4_vit_167m_enc", drop_rate=0.5, img_size=96, **small)
+    assert model.heads[0].drop.p == model.backbone.head.drop.p == 0.5
+    again = timm.create_model(
+        "dfs_gemma4_vit_167m_enc",
+        pretrained=True,
+        drop_rate=0.0,
+        img_size=96,
+        pretrained_cfg_overlay=dict(state_dict=model.state_dict()),
+        **small,
+    )
+    assert torch.equal(again.backbone.head.fc.weight, model.backbone.head.fc.weight)
+
+
 def test_an_encoders_twin_takes_the_dropout_that_train_py_gives_every_model(name):
     model = timm.create_model(f"dfs_{name}", num_classes=5, exits=3, drop_rate=0.5, **settings())
     assert [head.drop.p for head in model.heads] + [model.backbone.head.drop.p] == [0.5] * 3

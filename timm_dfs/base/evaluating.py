@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from timm.utils import unwrap_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -56,7 +57,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _lock_of(model: nn.Module) -> Any:
     with _LOCKS_CHANGE:
-        return _LOCKS.setdefault(model, threading.RLock())
+        return _LOCKS.setdefault(unwrap_model(model), threading.RLock())  # a compiled model shares its modules
 
 
 def _in_training(model: nn.Module) -> list[nn.Module]:

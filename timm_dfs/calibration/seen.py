@@ -70,10 +70,11 @@ def _overlap(fitted: tuple[str, str], read: tuple[str, str]) -> bool:
 
 def _named(dataset: str, split: str) -> tuple[str, str]:
     """A folder of class folders, which is read as split ``.``, as the split of its name in the folder around it."""
-    if split != ".":
+    name, bracket, ends = split.partition("[")
+    if name != ".":
         return dataset, split
     folder = Path(located(dataset))
-    return str(folder.parent), folder.name
+    return str(folder.parent), f"{folder.name}{bracket}{ends}"
 
 
 def recorded(dataset: str) -> str:
@@ -107,7 +108,7 @@ def is_test(split: str, dataset: str = "", root: str | None = None) -> bool:
     Args:
         split: Name of the split, perhaps with a slice, or several joined by ``+``.
         dataset: timm's name of the data set. Of torchvision's, timm reads the test images for every split but train.
-        root: Root of a folder; the split ``.`` of a folder ``test`` is test data.
+        root: Root of a folder; the split ``.`` of a folder called ``test`` is taken for test data.
     """
     if not dataset and root:
         split = _named(root, split)[1]

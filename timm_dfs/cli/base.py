@@ -94,10 +94,18 @@ def one_line_errors(command: Callable) -> Callable:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError, ModuleNotFoundError) as error:
-            print(f"timm-dfs: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"timm-dfs: {' '.join(_reason(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from None
 
     return wrapped
+
+
+def _reason(error: Exception) -> str:
+    """An error's message; of an error in a process of a data loader its last line, without the traceback."""
+    text = str(error)
+    if "in DataLoader worker process" not in text:
+        return text
+    return text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
 
 
 def command(name: str) -> Callable:
@@ -192,7 +200,8 @@ def has_weights(name: str) -> bool:
     if Path(name).is_file():
         return True
     name = as_source(name)
-    return (name.startswith(PREFIXES) or _is_registered(name)) and sources.has_weights(name)
+    ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and _is_registered(name))
+    return ours and sources.has_weights(name)
 
 
 def _is_registered(name: str) -> bool:

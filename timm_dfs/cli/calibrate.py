@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..base.model import MultiExitModel
 from ..base.new_folder import is_new
 from ..calibration.latency import check_limit, fit_latency
 from ..calibration.logits import halves
@@ -34,7 +35,7 @@ from .base import (
     refuse_new_classifiers,
 )
 from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
-from .source import BatchSize, DataOptions, Workers, tracked, with_data_options
+from .source import BatchSize, DataOptions, Workers, of_root, tracked, with_data_options
 
 _NAMED = ", ".join(f"{name} {drop:g}" for name, drop in NAMED.items())
 
@@ -70,16 +71,16 @@ def calibrate(
     where = data.where(model_name, default_split=None)
     if is_test(where["split"], where["dataset"], where["root"]):
         raise ValueError(
-            f"--split is {where['split']}; the test split is for final figures: give one held out of training, "
-            "e.g. 'train[45000:]'."
+            f"--split is {where['split']}{of_root(where)}; the test split is for final figures: give one held out of "
+            "training, e.g. 'train[45000:]'."
         )
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output is {output}; there is no folder {output.parent}.")
     model = create(model_name, pretrained=True, checkpoint=checkpoint, model_kwargs=model_kwargs)
     refuse_new_classifiers(model)
-    before = dict(model.pretrained_cfg)
+    before = _preparation(model)
     data.prepare(model)
-    if changed := [key for key in OF_IMAGES if model.pretrained_cfg.get(key) != before.get(key)]:
+    if changed := [key for key, value in _preparation(model).items() if value != before[key]]:
         model.drop_presets(model.presets, f"they were fitted to images of another {' and '.join(changed)}")
     if output is not None and not is_new(output):
         check_same(model, output)  # before the data are read
@@ -174,6 +175,11 @@ def calibrate(
         )
     if output is not None:
         console.print(f"Written to {output}")
+
+
+def _preparation(model: MultiExitModel) -> dict[str, Any]:
+    values = {key: model.pretrained_cfg.get(key) for key in OF_IMAGES}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _milliseconds(option: str, text: str) -> float:

@@ -176,6 +176,11 @@ def warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
         )
 
 
+def of_root(where: dict[str, Any]) -> str:
+    """Words for errors about a split ``.``, the folder itself: a folder is known by its name."""
+    return f" of {where['root']}, a folder that is taken for the split of its name" if not where["dataset"] else ""
+
+
 _OF_RUN = dict(
     dataset="dataset",
     root="data_dir",

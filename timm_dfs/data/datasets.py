@@ -118,11 +118,16 @@ class _EveryImage(ImageDataset):
         try:
             return super().__getitem__(index)
         except RuntimeError as error:
+            if not str(error).startswith("Failed to load"):  # timm's words
+                raise
             try:
                 name = self.filename(index, absolute=True)
             except (NotImplementedError, AttributeError):  # not every reader names its samples
-                name = f"Sample {index}"
-            raise ValueError(f"{name} cannot be read as an image; repair or remove it.") from error
+                name = None
+            raise ValueError(
+                f"{name or f'Sample {index}'} cannot be read as an image, for the reason that timm logged; repair or "
+                "remove it."
+            ) from error
 
 
 def _position(text: str, samples: int) -> int | None:

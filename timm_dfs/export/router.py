@@ -130,5 +130,6 @@ if __name__ == "__main__":
     router, images = Router(Path(__file__).parent), np.load(sys.argv[1]).astype(np.float32)
     size = router.about.get("batch_size", max(len(images), 1))
     for batch in np.split(images, range(size, len(images), size)):
-        for scores, left_at in zip(*router(batch)):
+        filled = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), np.float32)])
+        for scores, left_at, _ in zip(*router(filled), batch):
             print(scores.argmax(), left_at)

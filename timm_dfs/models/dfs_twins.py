@@ -19,6 +19,7 @@ from ..base.objective import SETTINGS, take_settings
 from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets
 from ..pretrained.packaged import packaged_file, packaged_images, packaged_names
 from ..pretrained.sources import resolve
+from ..wrapped.families import takes_drop_rate
 from ..wrapped.multi_exit import MultiExit
 from ..wrapped.recorded_points import refuse_other_points
 from ..wrapped.with_classifier import WithClassifier, is_encoder
@@ -104,6 +105,9 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         overlay = dict(overlay or {}, state_dict=cfg.state_dict)
     trained_args = kwargs.pop("pretrained_model_args", None) or {}
     objective, kwargs = take_settings(kwargs)
+    drop_rate = kwargs.get("drop_rate", 0.0)
+    if not takes_drop_rate(base):
+        kwargs.pop("drop_rate", None)
     base_overlay = {key: value for key, value in cfg.to_dict().items() if key not in (*_SOURCE, *_OF_TWIN)}
     if features_only:
         _refuse_features_of_twin(name, base, weights.source if pretrained else "")
@@ -116,13 +120,20 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             **kwargs,
         )
     exit_args = {key: kwargs.pop(key) for key in _OURS if key in kwargs}
-    exit_args["drop_rate"] = exit_args.pop("exit_drop_rate", kwargs.get("drop_rate", 0.0))
+    exit_args["drop_rate"] = exit_args.pop("exit_drop_rate", drop_rate)
     from_base = pretrained and not weights.source
     state_dict = _weights(cfg) if pretrained else None
     if state_dict and not _has_exits(state_dict):
         from_base = True
         base_overlay.update(_fitting(state_dict, cfg, overlay or {}, kwargs, objective.freezes_last_exit))
-    backbone = _backbone(_tagged(base, cfg, from_base), from_base, base_overlay, kwargs)
+    backbone: Any = timm.create_model(
+        _tagged(base, cfg, from_base),
+        pretrained=from_base,
+        pretrained_cfg_overlay=base_overlay,
+        **kwargs,
+    )
+    if is_encoder(backbone):
+        backbone = WithClassifier(backbone, kwargs.get("num_classes", 0), drop_rate)
     if from_base and state_dict and not _fingerprints(state_dict) & _fingerprints(backbone.state_dict()):
         raise ValueError(f"The weights from {weights.source} are neither {name}'s nor {base}'s; give one of theirs.")
     if "img_size" in kwargs:
@@ -164,23 +175,11 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
         check_last_exit(model, objective, classes_loaded)
         if classes_loaded > 0:  # as timm does with a model's own config, which here was a copy
             model.pretrained_cfg["num_classes"] = classes_loaded
+            if len(model.pretrained_cfg.get("label_names") or ()) not in (0, classes_loaded):
+                model.pretrained_cfg.update(label_names=None, label_descriptions=None)
     settle_presets(model, trained_args, kwargs)
     model.train_for(objective)
     return model
-
-
-def _backbone(name: str, pretrained: bool, overlay: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    """timm's model, with a classifier of ours if it is an encoder, whose dropout is then ours as well."""
-    try:
-        backbone = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
-    except TypeError as error:
-        if "'drop_rate'" not in str(error):  # train.py gives it to every model; Gemma's encoders take none
-            raise
-        without = {key: value for key, value in kwargs.items() if key != "drop_rate"}
-        backbone = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **without)
-    if is_encoder(backbone):
-        return WithClassifier(backbone, kwargs.get("num_classes", 0), kwargs.get("drop_rate", 0.0))
-    return backbone
 
 
 def _num_exits(model_args: dict[str, Any]) -> int | None:

@@ -84,11 +84,11 @@ def fit_checkpoint(
     }
     _check_keys(state_dict, model, source)
     classifier = state_dict.get(f"{config['classifier'][-1]}.weight")
-    if classifier is not None and len(classifier) == model.num_classes and (keep_classes or config["num_classes"] > 0):
+    if classifier is not None and len(classifier) == model.num_classes and (keep_classes or config["num_classes"] >= 0):
         # A fine-tuned checkpoint has the model's classes, whatever the config says, so timm keeps its classifiers. With
         # a negative number in the config train.py asks for fresh ones.
         config["num_classes"] = model.num_classes
-    elif classifier is not None and 0 < config["num_classes"] != model.num_classes:
+    elif classifier is not None and 0 <= config["num_classes"] != model.num_classes:
         config["num_classes"] = len(classifier)  # what the weights have, for messages; timm makes new classifiers
     return state_dict
 

@@ -177,12 +177,19 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def has_weights(name: str) -> bool:
-    """Whether there are trained weights for a registered name, perhaps with a tag; a name with a prefix has some."""
+    """Whether there are trained weights for a registered name, perhaps with a tag; a name with a prefix has some.
+
+    Raises:
+        FileNotFoundError: If the name has weights of its own, and :data:`HUB_VARIABLE` a place without any for it.
+    """
     if name.startswith(PREFIXES):
         return True
     try:
         return bool(_of_name(name).source)
-    except FileNotFoundError:  # :data:`HUB_VARIABLE` names a folder or namespace without them
+    except FileNotFoundError:
+        own = get_pretrained_cfg(name)
+        if own is not None and (own.file or own.hf_hub_id):
+            raise
         return False
 
 

@@ -81,7 +81,8 @@ class AggregatedExitsLoss(ExitsLoss):
             return super().forward(outputs, target, teacher)
         losses, trained = self.of_each_exit(outputs, target, teacher), self._trained
         value = torch.stack(losses).sum().detach()
-        return _WithGradient.apply(value, self._gradients(losses, trained), self.objective.aggregator, *trained)
+        gradients, earlier = self._gradients(losses, trained), [p for p in trained if _has_gradient(p)]
+        return _WithGradient.apply(value, gradients, earlier, self.objective.aggregator, *trained)
 
     def _gradients(self, losses: Sequence[torch.Tensor], trained: list[nn.Parameter]) -> list[torch.Tensor | None]:
         """The gradient of every trained parameter; ``None`` where no loss reaches it."""
@@ -155,12 +156,16 @@ class AggregatedExitsLoss(ExitsLoss):
             ) from error
 
 
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
 class _WithGradient(torch.autograd.Function):
     """A value whose gradients with respect to some parameters are given."""
 
     @staticmethod
-    def forward(ctx, value, gradients, aggregator, *parameters):
-        ctx.gradients, ctx.aggregator, ctx.parameters = gradients, aggregator, parameters
+    def forward(ctx, value, gradients, earlier, aggregator, *parameters):
+        ctx.gradients, ctx.earlier, ctx.aggregator = gradients, earlier, aggregator
         return value.clone()
 
     @staticmethod
@@ -170,10 +175,10 @@ class _WithGradient(torch.autograd.Function):
                 f"aggregator={ctx.aggregator!r} has no second derivatives (create_graph=True, which AdaHessian needs); "
                 "use another optimizer, or leave the aggregator out."
             )
-        if any(parameter.grad is not None and parameter.grad.any() for parameter in ctx.parameters):
+        if any(_has_gradient(parameter) for parameter in ctx.earlier):  # not set to zero since the forward pass
             raise ValueError(
                 f"aggregator={ctx.aggregator!r} found gradients of an earlier batch. Aggregated gradients cannot be "
                 "accumulated over batches: train without --grad-accum-steps, and call optimizer.zero_grad() between "
                 "two backward passes."
             )
-        return None, None, None, *(None if gradient is None else scale * gradient for gradient in ctx.gradients)
+        return None, None, None, None, *(None if gradient is None else scale * gradient for gradient in ctx.gradients)

@@ -135,7 +135,7 @@ def probe(backbone: nn.Module, names: Sequence[str], input_size: Sequence[int]) 
     info = list(getattr(backbone, "feature_info", None) or []) if described else []
     known = {entry["module"]: entry["num_chs"] for entry in info if entry.get("module")}
     return [
-        _describe(backbone, name, shape, known, input_size, _prefix_tokens(backbone, shape, final))
+        _describe(backbone, name, shape, known, input_size, _prefix_tokens(backbone, shape, final, input_size))
         for name, shape in seen
     ]
 
@@ -160,12 +160,21 @@ def _run(
     return on_shapes(backbone, input_size, shapes_of)
 
 
-def _prefix_tokens(backbone: nn.Module, shape: torch.Size, final: torch.Size) -> int:
+def _is_grid(tokens: int, input_size: Sequence[int]) -> bool:
+    """Whether so many tokens can be a grid of patches of an image."""
+    height = math.isqrt(tokens * input_size[1] // input_size[2])
+    return height > 0 and tokens % height == 0 and height * input_size[2] == tokens // height * input_size[1]
+
+
+def _prefix_tokens(backbone: nn.Module, shape: torch.Size, final: torch.Size, input_size: Sequence[int]) -> int:
     """Number of prefix tokens in a feature of this shape; 0 before they join the image's tokens, which may be late.
 
     CaiT's and XCiT's class token joins after all blocks, ConViT's between two of them.
     """
-    prefix: int = getattr(backbone, "num_prefix_tokens", 0)
+    prefix: int | None = getattr(backbone, "num_prefix_tokens", None)
+    if prefix is None:
+        known = family_of(backbone).prefix_tokens
+        return known if len(shape) == 3 and not _is_grid(shape[1], input_size) else 0
     return 0 if len(shape) == len(final) == 3 and shape[1] + prefix == final[1] else prefix
 
 
@@ -178,6 +187,9 @@ def _describe(
     prefix_tokens: int,
 ) -> ExitPoint:
     channels_last = getattr(backbone, "output_fmt", "NCHW") in ("NHWC", "NLC")
+    if len(shape) == 4:  # a map has the shape of the image, which tells the axes if one order has it
+        last, first = (shape[i] * input_size[2] == shape[i + 1] * input_size[1] for i in (1, 2))
+        channels_last = last if last != first else channels_last
     layout = {4: "NHWC" if channels_last else "NCHW", 3: "NLC"}.get(len(shape))
     if name in known:
         channels = known[name]

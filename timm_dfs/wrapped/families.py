@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from timm.models import is_model_in_modules
 from torch import nn
 
 Finder = Callable[[nn.Module], list[str]]
@@ -39,6 +40,9 @@ class Family:
             Given where ``feature_info`` names a module that is never called, or a place inside a block that a skip
             connection bypasses.
         element: Index of the feature where a module at an exit point returns several tensors.
+        prefix_tokens: Number of class tokens before the image's tokens, where the backbone has no
+            ``num_prefix_tokens``.
+        takes_drop_rate: Whether its models take ``drop_rate``, which ``train.py`` gives to every model.
         select_active: Modules that read, besides the feature, a tensor made before the last exit point (an earlier
             cell's output, a rotary table). The rows of samples that have exited are removed from their inputs.
         restore_batch: Modules after which the backbone reshapes to the batch size of its input. Their output is
@@ -47,6 +51,8 @@ class Family:
 
     stages: Finder | None = None
     element: int = 0
+    prefix_tokens: int = 0
+    takes_drop_rate: bool = True
     select_active: Finder = nothing
     restore_batch: Finder = nothing
 
@@ -54,14 +60,17 @@ class Family:
 FAMILIES = {
     "coat": Family(
         stages=last_of_each(r"serial_blocks\d"),
+        prefix_tokens=1,
         select_active=named(r"patch_embed\d|cpe\d|parallel_blocks\.\d+"),
         restore_batch=last_of_each(r"serial_blocks\d"),
     ),
-    "crossvit": Family(element=-1),  # the branch with the coarser patches
+    "crossvit": Family(element=-1, prefix_tokens=1),  # the branch with the coarser patches
     "deepseek_vit": Family(restore_batch=named(r"encoder\.norm")),
     "efficientvim": Family(element=1),  # the tensor that the next stage reads
     "gemma4_vit": Family(
-        stages=named(r"encoder\.blocks\.\d+"), select_active=named(r"encoder\.blocks\.\d+|encoder\.pooler")
+        stages=named(r"encoder\.blocks\.\d+"),
+        takes_drop_rate=False,
+        select_active=named(r"encoder\.blocks\.\d+|encoder\.pooler"),
     ),
     "hrnet": Family(stages=named(r"layer1|stage[234]"), element=-1),  # the coarsest scale
     "mvitv2": Family(stages=named(r"stages\.\d+")),
@@ -85,6 +94,13 @@ FAMILIES = {
 def family_name(backbone: nn.Module) -> str:
     """Name of the module of ``timm.models`` that defines the backbone."""
     return type(getattr(backbone, "encoder", backbone)).__module__.rpartition(".")[2]
+
+
+def takes_drop_rate(name: str) -> bool:
+    """Whether timm's model of this name takes ``drop_rate``."""
+    return not any(
+        is_model_in_modules(name, [module]) for module, family in FAMILIES.items() if not family.takes_drop_rate
+    )
 
 
 def family_of(backbone: nn.Module) -> Family:

@@ -188,9 +188,13 @@ def together(runs: list[dict], settings: list[str]) -> dict:
 
 
 def compared(runs: list[dict], value: Callable[[dict], list[float]], settings: list[str]) -> list[dict]:
-    """Rows of a table: each setting's mean over seeds and its difference to joint training."""
+    """Rows of a table: each setting's mean over seeds and its difference to joint training.
+
+    Seeds that joint training was not run with yet are left out.
+    """
     found: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
+    of_joint = {run["seed"] for run in runs if run["setting"] == "joint"}
+    for run in (run for run in runs if run["seed"] in of_joint):
         found.setdefault(run["setting"], {})[run["seed"]] = value(run)
     return [
         dict(

@@ -233,6 +233,13 @@ def test_one_seed_has_no_spread_and_is_never_clear(root):
     assert "- no conclusion from one seed: joint, chained\n" in section
 
 
+def test_a_seed_that_joint_training_lacks_is_left_out_until_it_has_it(root):
+    file = root / "benchmarks/results/fine_tuned.jsonl"
+    before = text(root)
+    file.write_text("\n".join([file.read_text(), json.dumps(fine_tuned_run("two-sided 0.5", 9, 99.0))]))
+    assert text(root) == before
+
+
 def test_seeds_are_compared_with_the_same_seeds(root):
     found = reproduction.study(
         [json.loads(line) for line in (root / "benchmarks/results/study.jsonl").read_text().splitlines()]

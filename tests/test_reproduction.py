@@ -293,7 +293,7 @@ def test_the_study_says_whether_partitioned_exits_disagree_more_and_gain_more_to
     assert cells(section.split("| setting |")[1], "one-sided 0.5") == ["3"] + ["38.50 (**-1.50 ± 0.00**)"] * 4
     assert "an exit disagrees with the last one differs by +0.0 to +1.5 percentage points" in section
     assert "the gain of the exits after the first by +1.50 to +1.50 points" in section
-    assert "ahead of joint training's exits together at no exit, clearly at no exit." in section
+    assert "ahead of joint training's exits together at no exit." in section
     missing = [setting for setting in study.SETTINGS if setting not in ("joint", "one-sided 0.5")]
     assert f"- not run: {'; '.join(missing)}\n" in section
 

@@ -35,7 +35,7 @@ from .base import (
     refuse_new_classifiers,
 )
 from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
-from .source import BatchSize, DataOptions, Workers, of_root, tracked, with_data_options
+from .source import BatchSize, DataOptions, Workers, described, tracked, with_data_options
 
 _NAMED = ", ".join(f"{name} {drop:g}" for name, drop in NAMED.items())
 
@@ -71,7 +71,7 @@ def calibrate(
     where = data.where(model_name, default_split=None)
     if is_test(where["split"], where["dataset"], where["root"]):
         raise ValueError(
-            f"--split is {where['split']}{of_root(where)}; the test split is for final figures: give one held out of "
+            f"--split is {described(where['split'], where)}; the test split is for final figures: give one held out of "
             "training, e.g. 'train[45000:]'."
         )
     if output is not None and not output.parent.is_dir():

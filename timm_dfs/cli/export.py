@@ -29,7 +29,7 @@ from .base import (
     print_json,
     refuse_new_classifiers,
 )
-from .source import InputKey, TargetKey, data_of, of_root, tracked, warn_of_training_images
+from .source import InputKey, TargetKey, data_of, described, tracked, warn_of_training_images
 
 DYNAMIC = "dynamic"
 
@@ -114,8 +114,8 @@ def export_model(
         )
         if is_test(where["split"], where["dataset"], where["root"]):
             raise ValueError(
-                f"--split is {where['split']}{of_root(where)}; the test split is for final figures, and int8's ranges "
-                "and thresholds are chosen on these images: give one held out of training, e.g. 'train[45000:]'."
+                f"--split is {described(where['split'], where)}; the test split is for final figures, and int8's "
+                "ranges and thresholds are chosen on these images: give one held out of training, e.g. 'train[45000:]'."
             )
         warn_of_training_images(model_name, where)
         loader = dataset_loader(model, **where, batch_size=64, workers=0, samples=samples)

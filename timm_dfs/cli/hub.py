@@ -19,7 +19,7 @@ from ..pretrained.packaged import packaged_folder
 from ..training.run import read_run
 from .base import command, console
 from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
-from .source import BatchSize, DataOptions, Workers, of_root, tracked, with_data_options
+from .source import BatchSize, DataOptions, Workers, described, tracked, with_data_options
 
 Model = Annotated[str, typer.Argument(help="A model with packaged weights, or its folder.", metavar="MODEL")]
 
@@ -94,8 +94,8 @@ def export_checkpoint(
     held_out = where.pop("split")
     if held_out == test or is_test(held_out, where["dataset"], where["root"]):
         raise ValueError(
-            f"--split is {held_out}{of_root(where)} and --test is {test}: thresholds must be fixed on a split held out "
-            "of training and not on the test split, e.g. --split 'train[45000:]'."
+            f"--split is {described(held_out, where)} and --test is {test}: thresholds must be fixed on a split held "
+            "out of training and not on the test split, e.g. --split 'train[45000:]'."
         )
 
     def collect(model: MultiExitModel, split: str) -> tuple[torch.Tensor, torch.Tensor]:

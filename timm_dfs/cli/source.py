@@ -176,9 +176,10 @@ def warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
         )
 
 
-def of_root(where: dict[str, Any]) -> str:
-    """Words for errors about a split ``.``, the folder itself: a folder is known by its name."""
-    return f" of {where['root']}, a folder that is taken for the split of its name" if not where["dataset"] else ""
+def described(split: str, where: dict[str, Any]) -> str:
+    """A split in words, for errors; ``.`` is the folder itself, which is known by its name."""
+    itself = not where["dataset"] and split.partition("[")[0] == "."
+    return f"{split} of {where['root']}, a folder that is taken for the split of its name" if itself else split
 
 
 _OF_RUN = dict(

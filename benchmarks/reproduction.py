@@ -103,9 +103,19 @@ def generated(root: Path) -> dict[str, str]:
         distill_weight=SETTINGS["joint, distilled"]["distill_weight"],
         speeds=speeds,
         conflict=conflict,
+        conflicts=conflicts_in_training(conflict["measured"]),
     )
     title = f"{DFS}, {dfs['training']['epochs']} epochs: top-1 accuracy, %"
     return {TEXT: text, PLOT: curve.draw_two(title, dfs, joint, ("DFS", "joint"))}
+
+
+def conflicts_in_training(measured: list[dict]) -> dict[str, float]:
+    """Conflicting pairs, on average over batches, of the gradients that each network was trained with, by its name."""
+    return {
+        row["network"]: row["conflicting"] * row["pairs"]
+        for row in measured
+        if (row["beta"] == "joint") == (row["network"] == JOINT)
+    }
 
 
 def whole_split(results: dict) -> dict:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import track
-from timm.data import resolve_data_config
+from timm.data import resolve_data_config, str_to_interp_mode
 
 from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
@@ -80,8 +80,13 @@ class DataOptions:
         given = {name: getattr(self, name) for name in _PREPARATION if getattr(self, name)}
         if not given:
             return
-        if self.interpolation not in (None, *_INTERPOLATIONS):
-            raise ValueError(f"--interpolation is {self.interpolation!r}; choose one of {', '.join(_INTERPOLATIONS)}.")
+        if self.interpolation is not None:
+            try:
+                str_to_interp_mode(self.interpolation)
+            except KeyError:
+                raise ValueError(
+                    f"--interpolation is {self.interpolation!r}; give bilinear, bicubic, nearest or another of timm's."
+                ) from None
         if self.input_size is None:
             given["in_chans"] = model.in_chans
         try:
@@ -95,8 +100,6 @@ class DataOptions:
             raise ValueError(f"--input-size is {self.input_size}; the model takes {model.in_chans} channels.")
         model.pretrained_cfg.update(adapted(config, model.in_chans))
 
-
-_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 
 _PREPARATION = ("input_size", "img_size", "mean", "std", "crop_pct", "interpolation")
 

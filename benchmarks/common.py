@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 
 import timm_dfs
@@ -101,17 +101,32 @@ class Trainer:
         lr: Largest learning rate.
         steps: Number of steps of the cycle.
         dtype: Data type of the computation (autocast).
+        teacher: A trained network that teaches every exit; ``None`` for none.
+        **teaching: Temperature and weights of its loss, as timm's task takes them.
     """
 
+    PARTS = ("model", "optimizer", "schedule")
+
     def __init__(
-        self, model: str | nn.Module, model_kwargs: dict, lr: float, steps: int, dtype: torch.dtype = torch.float32
+        self,
+        model: str | nn.Module,
+        model_kwargs: dict,
+        lr: float,
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+        teacher: nn.Module | None = None,
+        **teaching: float,
     ):
         if isinstance(model, nn.Module):  # a network of the official code
             self.model, criterion = model, timm_dfs.ExitsLoss(nn.CrossEntropyLoss())
         else:
             self.model, criterion = timm.create_model(model, **model_kwargs), nn.CrossEntropyLoss()
         self.model.train().to(memory_format=torch.channels_last)
-        self.task = ClassificationTask(self.model, criterion, verbose=False)
+        if teacher is None:
+            self.task = ClassificationTask(self.model, criterion, verbose=False)
+        else:
+            teacher.to(memory_format=torch.channels_last)
+            self.task = LogitDistillationTask(self.model, teacher, criterion, verbose=False, **teaching)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps)
         self.dtype = dtype
@@ -126,6 +141,15 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
         self.seconds.append(time.perf_counter() - start)
+
+    def state_dict(self) -> dict:
+        """State of network, optimizer and schedule, with which training goes on."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
 
 
 def peak_memory(model: str, model_kwargs: dict, batch_size: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outcome import SHARES
-from study import RECIPES, SETTINGS
+from study import RECIPES, SETTINGS, TEACHER, TEACHING
 from templates import template
 
 from timm_dfs.hub import curve
@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 TEXT, PLOT = "reproduction.md", "reproduction.svg"
 DFS, JOINT = "dfs_msdnet_cifar100", "dfs_msdnet_cifar100.joint"
 FINE_TUNED_DFS, FINE_TUNED_JOINT = "dfs_tf_efficientnet_lite0.cifar100_dfs", "dfs_tf_efficientnet_lite0.cifar100"
+WITHOUT_EXITS = "last exit alone"
+WITH_EXITS = [setting for setting in SETTINGS if setting != WITHOUT_EXITS]
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Quantile of Student's t, two-sided at 95 %, by the number of seeds."""
 
@@ -92,10 +94,17 @@ def generated(root: Path) -> dict[str, str]:
         budgets=[name for name in dfs["test"]["presets"] if name.endswith("M") and name in joint["test"]["presets"]],
         study=study(runs),
         augmented=[
-            dict(together(of_length, list(SETTINGS)), missing=missing(of_length))
+            dict(
+                together(of_length, WITH_EXITS),
+                missing=missing(of_length),
+                taught=any("taught" in run["setting"] for run in of_length),
+                without_exits=without_exits(of_length),
+            )
             for of_length in divided(augmented, "epochs")
         ],
         augmentation=RECIPES["randaugment"],
+        teacher=TEACHER,
+        teaching=TEACHING,
         over_seeds=over_seeds(of_seeds),
         shares=SHARES,
         fine_tuned_referencing=fine_tuned_settings["referencing"],
@@ -157,15 +166,20 @@ def study(runs: list[dict]) -> list[dict]:
     """Tables of the study, one per number of epochs: accuracy and difference to joint training, exit by exit."""
     tables = []
     for of_length in divided(runs, "epochs"):
-        rows = compared(of_length, lambda run: run["top1"], list(SETTINGS))
+        rows = compared(of_length, lambda run: run["top1"], WITH_EXITS)
         epochs, exits = of_length[0]["epochs"], len(rows[0]["mean"])
         tables.append(dict(epochs=epochs, rows=rows, exits=exits, missing=missing(of_length)))
     return tables
 
 
 def missing(runs: list[dict]) -> list[str]:
-    """Settings of the study that were not run."""
-    return [setting for setting in SETTINGS if setting not in {run["setting"] for run in runs}]
+    """Settings of the study, of networks with exits, that were not run."""
+    return [setting for setting in WITH_EXITS if setting not in {run["setting"] for run in runs}]
+
+
+def without_exits(runs: list[dict]) -> dict | None:
+    """The last exit of the network that was trained for it alone, as a row of a table; ``None`` if it was not run."""
+    return next(iter(compared(runs, lambda run: run["top1"][-1:], [WITHOUT_EXITS])), None)
 
 
 def over_seeds(runs: list[dict]) -> list[dict]:
@@ -204,7 +218,7 @@ def compared(runs: list[dict], value: Callable[[dict], list[float]], settings: l
     """
     found: dict[str, dict[int, list[float]]] = {}
     of_joint = {run["seed"] for run in runs if run["setting"] == "joint"}
-    for run in (run for run in runs if run["seed"] in of_joint):
+    for run in (run for run in runs if run["seed"] in of_joint and run["setting"] in {"joint", *settings}):
         found.setdefault(run["setting"], {})[run["seed"]] = value(run)
     return [
         dict(

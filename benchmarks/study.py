@@ -6,7 +6,8 @@
 
 Each run is one line of the output: what outcome.py says of the last 5,000 training images, which are held out. With
 the same seed, all settings start from the same weights and train on the same batches. Runs that the output already
-contains are skipped, so the study can be interrupted, and several processes can divide the seeds or settings.
+contains are skipped, and a run goes on after its last whole epoch, so the study can be interrupted; several processes,
+each with its own output, can divide the seeds or settings.
 
 The network is a small MSDNet, trained with SGD and one cycle of the learning rate.
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 from pathlib import Path
 
+import timm
 import torch
 from common import Augmentation, Trainer, load, normaliser
 from outcome import outcome
@@ -37,9 +39,21 @@ SETTINGS = {
     "joint, chained": dict(beta="joint", chain=0.5),
     "one-sided 0.5, chained": dict(beta=0.5, referencing="one_sided", chain=0.5),
     "one-sided 0.9, chained": dict(beta=0.9, referencing="one_sided", chain=0.5),
+    "joint, taught": dict(beta="joint", teacher_size=96),
+    "one-sided 0.5, taught": dict(beta=0.5, referencing="one_sided", teacher_size=96),
+    "one-sided 0.9, taught": dict(beta=0.9, referencing="one_sided", teacher_size=96),
+    "last exit alone": dict(beta="joint", loss_weights=[0.0, 0.0, 0.0, 0.0, 1.0]),
 }
 """Model arguments of each setting. The weight of distillation is that of the official ResNet recipe, the
-chain BoostNet's; "0.5 to 1" partitions the first two exits' features alone."""
+chain BoostNet's; "0.5 to 1" partitions the first two exits' features alone; "taught" is by :data:`TEACHER`, which sees
+the images at the size it was trained at; "last exit alone" is the network without early exits."""
+
+TEACHER = "dfs_tf_efficientnet_lite0.cifar100"
+"""The teacher of the settings that have one, by its last exit: from ImageNet weights, fine-tuned on the same training
+images, without the held-out ones."""
+
+TEACHING = dict(temperature=4.0, distill_loss_weight=0.9, task_loss_weight=0.1)
+"""Weights of its loss, usual on CIFAR-100 since Hinton et al. (arXiv 1503.02531)."""
 
 BACKBONE_FIRST = {"joint, backbone first"}
 """Settings that train the last exit alone for the first half, then all exits (Kubaty et al., ICML 2025)."""
@@ -80,9 +94,11 @@ def main() -> None:
             for setting in args.settings:
                 if any(same(run, setting, seed, epochs) for run in read(args.output, recipe)):
                     continue
-                result = run(setting, seed, epochs, recipe, train, held_out)
+                state = args.output.with_name(f"{args.output.stem}, {setting}, seed {seed}, {epochs} epochs.pt")
+                result = run(setting, seed, epochs, recipe, train, held_out, state)
                 with args.output.open("a") as file:
                     file.write(json.dumps(result) + "\n")
+                state.unlink()
                 top1 = " ".join(f"{value:.2f}" for value in result["top1"])
                 print(f"{epochs} epochs, seed {seed}, {setting}: {top1}", flush=True)
 
@@ -104,25 +120,40 @@ def same(run: dict, setting: str, seed: int, epochs: int) -> bool:
     return (run["setting"], run["seed"], run["epochs"]) == (setting, seed, epochs)
 
 
-def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_out: tuple) -> dict:
-    """Train one network and measure every exit's accuracy, in percent, on the held-out images."""
+def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_out: tuple, state: Path) -> dict:
+    """Train one network and measure every exit's accuracy, in percent, on the held-out images.
+
+    Args:
+        setting: One of :data:`SETTINGS`.
+        seed: Seed of weights and batches.
+        epochs: Length of the training.
+        recipe: One of :data:`RECIPES`.
+        train: Images and classes.
+        held_out: Images and classes.
+        state: File that is written after every epoch; where there is one, the run goes on from it.
+
+    Raises:
+        ValueError: If the file is of another recipe.
+    """
+    kwargs = dict(recipe["model_kwargs"], **SETTINGS[setting])
+    taught = dict(teacher=load_teacher(), **TEACHING) if "teacher_size" in kwargs else {}  # draws random numbers
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     batch_size, samples = recipe["batch_size"], len(train[0])
-    kwargs = dict(recipe["model_kwargs"], **SETTINGS[setting])
     steps = epochs * (samples // batch_size)
-    trainer = Trainer(recipe["model"], kwargs, recipe["lr"], steps, getattr(torch, recipe["dtype"]))
+    trainer = Trainer(recipe["model"], kwargs, recipe["lr"], steps, getattr(torch, recipe["dtype"]), **taught)
     torch.compiler.reset()  # otherwise it stops compiling after eight networks of a class
     trainer.task.compile()  # 1.15 times faster
     normalise = normaliser(trainer.model)
     augmentation = Augmentation(normalise, **recipe.get("augmentation", {}))
     every_exit = trainer.task.criterion.objective
-    for epoch in range(epochs):
+    for epoch in range(restore(state, trainer, generator, recipe), epochs):
         only_last = setting in BACKBONE_FIRST and epoch < epochs // 2
         trainer.task.criterion.objective = last_exit_only(trainer.model) if only_last else every_exit
         order = torch.randperm(samples, generator=generator)
         for chosen in order[: samples // batch_size * batch_size].split(batch_size):
             trainer.step(augmentation(train[0][chosen], generator), train[1][chosen])
+        save(state, trainer, generator, recipe, epoch + 1)
     loader = [(normalise(x), target) for x, target in zip(held_out[0].split(250), held_out[1].split(250))]
     logits, targets = timm_dfs.collect_logits(trainer.model, loader)
     return dict(
@@ -133,6 +164,36 @@ def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_o
         recipe=recipe,
         machine=describe_machine(),
     )
+
+
+def load_teacher() -> timm_dfs.MultiExitModel:
+    """The network that teaches."""
+    return timm.create_model(TEACHER, pretrained=True)
+
+
+def save(file: Path, trainer: Trainer, generator: torch.Generator, recipe: dict, epochs: int) -> None:
+    """Write what a run needs to go on after some epochs, in one piece."""
+    of_random = dict(batches=generator.get_state(), torch=torch.get_rng_state())
+    state = dict(trainer=trainer.state_dict(), random=of_random, recipe=recipe, epochs=epochs)
+    torch.save(state, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def restore(file: Path, trainer: Trainer, generator: torch.Generator, recipe: dict) -> int:
+    """Go on from a file of :func:`save`; the number of epochs that it has, 0 without a file.
+
+    Raises:
+        ValueError: If the file is of another recipe.
+    """
+    if not file.exists():
+        return 0
+    state = torch.load(file)
+    if state["recipe"] != recipe:
+        raise ValueError(f"{file} is a run of another recipe; delete it, or give another --output.")
+    trainer.load_state_dict(state["trainer"])
+    generator.set_state(state["random"]["batches"])
+    torch.set_rng_state(state["random"]["torch"])
+    return state["epochs"]
 
 
 def last_exit_only(model: timm_dfs.MultiExitModel) -> Objective:

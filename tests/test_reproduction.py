@@ -9,7 +9,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.task import ClassificationTask, LogitDistillationTask
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -201,7 +203,7 @@ def test_a_setting_that_wins_with_every_seed_is_clearly_ahead_and_one_that_varie
 
 def test_settings_of_the_study_that_were_not_run_are_named(root):
     made = text(root)
-    missing = [setting for setting in study.SETTINGS if setting not in OUTCOMES]
+    missing = [setting for setting in reproduction.WITH_EXITS if setting not in OUTCOMES]
     assert missing and made.count(f"- not run: {'; '.join(missing)}\n") == 2
 
 
@@ -294,8 +296,19 @@ def test_the_study_says_whether_partitioned_exits_disagree_more_and_gain_more_to
     assert "an exit disagrees with the last one differs by +0.0 to +1.5 percentage points" in section
     assert "the gain of the exits after the first by +1.50 to +1.50 points" in section
     assert "ahead of joint training's exits together at no exit." in section
-    missing = [setting for setting in study.SETTINGS if setting not in ("joint", "one-sided 0.5")]
+    missing = [setting for setting in reproduction.WITH_EXITS if setting not in ("joint", "one-sided 0.5")]
     assert f"- not run: {'; '.join(missing)}\n" in section
+
+
+def test_the_network_without_early_exits_is_compared_at_its_last_exit_alone(root):
+    file = root / "benchmarks/results/study_randaugment.jsonl"
+    assert "trained for its last exit alone" not in text(root).lower()
+    of_last = fine_tuned_run(reproduction.WITHOUT_EXITS, 0, 1.0)
+    runs = [dict(of_last, seed=seed, top1=[1.0, 1.0, 1.0, top1]) for seed, top1 in enumerate((41.0, 42.0))]
+    file.write_text("\n".join([file.read_text(), *map(json.dumps, runs)]))
+    made = text(root)
+    assert "alone (2 seeds), it reaches 41.50 % there, +1.50 ± 0.71 points from joint training" in made
+    assert f"| {reproduction.WITHOUT_EXITS} |" not in made
 
 
 def test_the_page_stands_without_runs_of_the_augmented_study(root):
@@ -320,6 +333,62 @@ def test_all_settings_of_a_seed_train_on_the_same_images(recipe):
     one, same, other = (augmentation(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert one.shape == images.shape and one.dtype == torch.float32
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+TINY = dict(
+    study.RECIPES["published"],
+    model_kwargs=dict(exits=2, base=1, step=1, stem_width=4, growth_rate=2, head_width=4, num_classes=5),
+    batch_size=4,
+)
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """Training and held-out images; no compilation, and the mean logit as outcome: four images are too few for one."""
+    monkeypatch.setattr(study, "outcome", lambda logits, targets, flops: dict(mean=logits.mean().item()))
+    for task in (ClassificationTask, LogitDistillationTask):
+        monkeypatch.setattr(task, "compile", lambda self: None)
+    torch.manual_seed(0)
+    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+    return (images[:8], torch.arange(8) % 5), (images[8:], torch.arange(8) % 5)
+
+
+def test_an_interrupted_run_of_the_study_ends_as_if_it_had_not_been(images, tmp_path, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(*args):
+        save(*args)
+        raise Interrupted
+
+    whole, pieces = tmp_path / "whole.pt", tmp_path / "pieces.pt"
+    at_once = study.run("joint", 0, 2, TINY, *images, whole)
+    save = study.save
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(study, "save", interrupted)
+        study.run("joint", 0, 2, TINY, *images, pieces)
+    torch.manual_seed(7)
+    assert torch.load(pieces)["epochs"] == 1
+    assert study.run("joint", 0, 2, TINY, *images, pieces) == at_once
+    expected, found = (torch.load(file)["trainer"]["model"] for file in (whole, pieces))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(ValueError, match=r"pieces\.pt is a run of another recipe"):
+        study.run("joint", 0, 2, dict(TINY, lr=0.2), *images, pieces)
+
+
+def test_a_taught_network_starts_from_the_weights_of_the_others_and_ends_elsewhere(images, tmp_path, monkeypatch):
+    def recording(file, trainer, *args):
+        starts.append(copy.deepcopy(trainer.model.state_dict()))
+        return restore(file, trainer, *args)
+
+    starts, restore = [], study.restore
+    monkeypatch.setattr(study, "restore", recording)
+    monkeypatch.setattr(study, "load_teacher", lambda: timm.create_model("test_resnet", num_classes=5))
+    for setting in ("joint", "joint, taught"):
+        study.run(setting, 0, 1, TINY, *images, tmp_path / f"{setting}.pt")
+    assert all(torch.equal(starts[0][name], tensor) for name, tensor in starts[1].items())
+    ends = [torch.load(tmp_path / f"{setting}.pt")["trainer"]["model"] for setting in ("joint", "joint, taught")]
+    assert not all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
 
 def test_erased_rectangles_have_the_data_sets_mean():

@@ -19,7 +19,8 @@ from helpers import (
     settled,
     wrapped,
 )
-from timm.layers import set_reentrant_ckpt
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_reentrant_ckpt
+from timm.models.convmixer import ConvMixer
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import nn
@@ -693,6 +694,17 @@ def test_exit_points_that_were_compiled_on_their_own_are_not_skipped_silently(co
     for compute in (model.forward_exits, lambda x: predict(model, x, ExitPolicy([None, 0.0, 0.0]))):
         with pytest.raises(ValueError, match=rf"backbone\.blocks\.{missed} .*compile the whole network"):
             compute(x())
+
+
+@pytest.mark.parametrize(
+    "replaced", [lambda model: convert_splitbn_model(model, 2), convert_sync_batchnorm], ids=["split", "sync"]
+)
+def test_an_exit_point_that_was_replaced_says_so(replaced):
+    backbone = ConvMixer(dim=8, depth=2)  # each block ends with a batch norm
+    backbone.pretrained_cfg = dict(input_size=(3, 32, 32))
+    model = replaced(MultiExit(backbone, ("blocks.0",))).train()
+    with pytest.raises(ValueError, match=r"backbone\.blocks\.0 .*BatchNorm\w* was put in after the exit was attached"):
+        model(x())
 
 
 def test_modules_without_exit_points_may_be_compiled_on_their_own(plain):

@@ -233,6 +233,13 @@ class MultiExit(MultiExitModel):
                 f"{missed}Gradient checkpointing of a wrapped backbone does not work in compiled code: train without "
                 "--torchcompile, or without --grad-checkpointing."
             )
+        layer = last_called(self.get_submodule(self.exit_points[exit_index]))
+        if not is_tapped(layer):
+            return ValueError(
+                f"{missed}Its {type(layer).__name__} was put in after the exit was attached, as train.py's --split-bn "
+                "and --sync-bn do with every batch norm: choose other modules for the exits, or leave these options "
+                "out; in Python, replace layers of the backbone before it gets exits."
+            )
         return ValueError(
             f"{missed}If modules of the backbone "
             "are compiled on their own (module.compile()), which skips exit points, compile the whole network instead "

@@ -105,7 +105,9 @@ def table(measured):
     """Lines of a table: a row for each way, a column for each number of threads and batch size."""
     heads = [f"{threads} thread{'s' * (threads > 1)}, batch {size}" for threads, size in measured]
     lines = [f"| way | multiply-adds | {' | '.join(heads)} |", f"|{'---|' * (2 + len(heads))}"]
-    for way in next(iter(measured.values())):
+    alone = [f"{found[LAST][1]:.3g} ms" for found in measured.values()]
+    lines.append(f"| {LAST}, time of a batch | 1.00 | {' | '.join(alone)} |")
+    for way in (way for way in next(iter(measured.values())) if way != LAST):
         cells = [found[way] for found in measured.values()]
         speeds = [f"{speed:.2f} ({speed / ratio:.2f})" for ratio, speed in cells]
         lines.append(f"| {way} | {cells[0][0]:.2f} | {' | '.join(speeds)} |")
@@ -132,7 +134,11 @@ def some_images(model, args, split, count):
 
 
 def measure(ways, images, threads, batch_size, seconds):
-    """Ratio of multiply-adds and ratio of speed of each way but the last exit alone, relative to that."""
+    """Ratio of multiply-adds and ratio of speed of each way, relative to the last exit alone; that one's milliseconds.
+
+    Returns:
+        Two numbers for each way: those ratios, or 1 and the median milliseconds of a batch.
+    """
     sessions = {name: open_session(file, threads) for name, (file, _) in ways.items()}
     facts = {name: session.get_modelmeta().custom_metadata_map for name, session in sessions.items()}
     batches = np.split(images, len(images) // batch_size)
@@ -161,7 +167,8 @@ def measure(ways, images, threads, batch_size, seconds):
             run(name)
             times.append(time.perf_counter() - before)
     speeds = {name: statistics.median(a / b for a, b in zip(took[LAST], took[name], strict=True)) for name in ways}
-    return {name: (ratios[name], speeds[name]) for name in ways if name != LAST}
+    speeds[LAST] = 1000 * statistics.median(took[LAST]) / len(batches)
+    return {name: (ratios[name], speeds[name]) for name in ways}
 
 
 if __name__ == "__main__":

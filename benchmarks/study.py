@@ -146,10 +146,10 @@ def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_o
     trainer.task.compile()  # 1.15 times faster
     normalise = normaliser(trainer.model)
     augmentation = Augmentation(normalise, **recipe.get("augmentation", {}))
-    every_exit = trainer.task.criterion.objective
+    every_exit = trainer.model.objective
     for epoch in range(restore(state, trainer, generator, recipe), epochs):
         only_last = setting in BACKBONE_FIRST and epoch < epochs // 2
-        trainer.task.criterion.objective = last_exit_only(trainer.model) if only_last else every_exit
+        trainer.model.train_for(last_exit_only(trainer.model) if only_last else every_exit)
         order = torch.randperm(samples, generator=generator)
         for chosen in order[: samples // batch_size * batch_size].split(batch_size):
             trainer.step(augmentation(train[0][chosen], generator), train[1][chosen])

@@ -109,6 +109,36 @@ def test_a_task_is_trained_by_an_optimizer_step():
     assert losses[-1] < losses[0]
 
 
+CHANGED_SETTINGS = [
+    dict(loss_weights=[0, 1, 2]),
+    dict(distill_weight=0.5),
+    dict(distill_feature_weight=0.1),
+    dict(aggregator="PCGrad"),
+]
+
+
+@pytest.mark.parametrize("settings", CHANGED_SETTINGS, ids=str)
+@pytest.mark.parametrize("taught", [False, True], ids=["alone", "taught"])
+def test_a_task_follows_settings_that_change_after_it_was_made(taught, settings):
+    def make_task(model):
+        if taught:
+            return LogitDistillationTask(model, outside, nn.CrossEntropyLoss(), verbose=False)
+        return ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+
+    def train_for_settings(model):
+        torch.manual_seed(0)  # adapters start at random
+        model.train_for(timm_dfs.Objective(**settings))
+
+    changed, outside = tiny_vgg(drop_rate=0.0), teacher()
+    fresh = same_weights(changed, tiny_vgg(drop_rate=0.0))
+    task = make_task(changed)
+    train_for_settings(changed)
+    train_for_settings(fresh)
+    task(images(size=32), LABELS)["loss"].backward()
+    make_task(fresh)(images(size=32), LABELS)["loss"].backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(changed.parameters(), fresh.parameters(), strict=True))
+
+
 def test_exits_loss_of_one_tensor_is_the_criterion():
     logits = torch.randn(4, CLASSES)
     assert torch.equal(ExitsLoss(nn.CrossEntropyLoss())(logits, LABELS), nn.CrossEntropyLoss()(logits, LABELS))

@@ -9,7 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+)
 from timm.task.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
@@ -25,13 +31,15 @@ def install() -> None:
     if getattr(ClassificationTask.__init__, "of_timm_dfs", False):
         return
     _replace(ClassificationTask, "__init__", _training_every_exit)
+    for task in (ClassificationTask, MultiLabelClassificationTask):
+        _replace(task, "forward", _following_the_settings)
     _replace(LogitDistillationTask, "__init__", _with_a_teacher)
     _replace(LogitDistillationTask, "forward", _teaching_every_exit)
     _replace(ClassificationTask, "prepare_distributed", _without_device_ids_on_cpu)
     _replace(LogitDistillationTask, "prepare_distributed", _without_device_ids_on_cpu)
     _replace(TrainingTask, "get_clip_parameters", _excluding_every_head)
-    for task in (FeatureDistillationTask, TokenDistillationTask):
-        _replace(task, "__init__", _refusing_exits)
+    for refused in (FeatureDistillationTask, TokenDistillationTask):
+        _replace(refused, "__init__", _refusing_exits)
 
 
 def _replace(task: Any, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -69,6 +77,21 @@ def _training_every_exit(original: Callable) -> Callable:
     return __init__
 
 
+def _follow(task: TrainingTask, model: MultiExitModel) -> None:
+    """Make a task's loss that of the model's settings, which ``train_for`` may have changed since."""
+    if isinstance(task.criterion, ExitsLoss) and task.criterion.objective is not model.objective:
+        task.criterion = exits_loss(model, task.criterion.criterion)
+
+
+def _following_the_settings(original: Callable) -> Callable:
+    def forward(self, input, target):
+        if (model := _with_exits(self.trainable_module)) is not None:
+            _follow(self, model)
+        return original(self, input, target)
+
+    return forward
+
+
 def _with_a_teacher(original: Callable) -> Callable:
     def __init__(self, student_model, teacher_model, *args, **kwargs):
         original(self, student_model, teacher_model, *args, **kwargs)
@@ -83,6 +106,7 @@ def _teaching_every_exit(original: Callable) -> Callable:
     def forward(self, input, target):
         if (model := _with_exits(self.trainable_module)) is None:
             return original(self, input, target)
+        _follow(self, model)
         objective = model.objective
         with torch.inference_mode():
             seen = seen_by_teacher(input, objective.teacher_size, self.teacher.model)

@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -93,8 +94,8 @@ def main():
     measured = {}
     for threads in args.threads:
         for batch_size in args.batch_sizes:
-            measured[threads, batch_size] = measure(ways, images.numpy(), threads, batch_size, args.seconds)
-            print(f"{threads} threads, batch {batch_size}: {measured[threads, batch_size]}", flush=True)
+            cell = measured[threads, batch_size] = measure(ways, images.numpy(), threads, batch_size, args.seconds)
+            print(f"{threads} threads, batch {batch_size}: {cell}", flush=True)
     lines += table(measured)
     print(*lines, sep="\n")
     if args.write:
@@ -105,10 +106,10 @@ def table(measured):
     """Lines of a table: a row for each way, a column for each number of threads and batch size."""
     heads = [f"{threads} thread{'s' * (threads > 1)}, batch {size}" for threads, size in measured]
     lines = [f"| way | multiply-adds | {' | '.join(heads)} |", f"|{'---|' * (2 + len(heads))}"]
-    alone = [f"{found[LAST][1]:.3g} ms" for found in measured.values()]
+    alone = [f"{cell.milliseconds:.3g} ms" for cell in measured.values()]
     lines.append(f"| {LAST}, time of a batch | 1.00 | {' | '.join(alone)} |")
-    for way in (way for way in next(iter(measured.values())) if way != LAST):
-        cells = [found[way] for found in measured.values()]
+    for way in next(iter(measured.values())).speeds:
+        cells = [(cell.macs[way], cell.speeds[way]) for cell in measured.values()]
         speeds = [f"{speed:.2f} ({speed / ratio:.2f})" for ratio, speed in cells]
         lines.append(f"| {way} | {cells[0][0]:.2f} | {' | '.join(speeds)} |")
     return lines
@@ -133,12 +134,22 @@ def some_images(model, args, split, count):
     return torch.cat(images), torch.cat(targets)
 
 
-def measure(ways, images, threads, batch_size, seconds):
-    """Ratio of multiply-adds and ratio of speed of each way, relative to the last exit alone; that one's milliseconds.
+class Cell(NamedTuple):
+    """What was measured with one number of threads and one batch size.
 
-    Returns:
-        Two numbers for each way: those ratios, or 1 and the median milliseconds of a batch.
+    Attributes:
+        milliseconds: Median time of a batch by the last exit alone.
+        macs: Multiply-adds of the last exit alone over those of each other way.
+        speeds: Time of the last exit alone over that of each other way, medians.
     """
+
+    milliseconds: float
+    macs: dict[str, float]
+    speeds: dict[str, float]
+
+
+def measure(ways, images, threads, batch_size, seconds):
+    """Time each way, and the last exit alone, in turn."""
     sessions = {name: open_session(file, threads) for name, (file, _) in ways.items()}
     facts = {name: session.get_modelmeta().custom_metadata_map for name, session in sessions.items()}
     batches = np.split(images, len(images) // batch_size)
@@ -148,14 +159,12 @@ def measure(ways, images, threads, batch_size, seconds):
         return [sessions[name].run(None, {"images": batch, **given})[-1] for batch in batches]
 
     whole = float(facts[LAST]["last_exit_macs"])
-    ratios = {}
-    for name in ways:
+    others = [name for name in ways if name != LAST]
+    macs = dict.fromkeys(others, 1.0)
+    for name in others:
         if "exits" in facts[name]:
             costs = dict(zip(json.loads(facts[name]["exits"]), json.loads(facts[name]["exit_macs"])))
-            ratios[name] = whole / statistics.fmean(costs[k] for k in np.concatenate(run(name)).tolist())
-        else:
-            ratios[name] = 1.0
-            run(name)
+            macs[name] = whole / statistics.fmean(costs[k] for k in np.concatenate(run(name)).tolist())
     took = {name: [] for name in ways}
     start = time.perf_counter()
     while len(took[LAST]) < 5 or time.perf_counter() - start < seconds:
@@ -166,9 +175,8 @@ def measure(ways, images, threads, batch_size, seconds):
             before = time.perf_counter()
             run(name)
             times.append(time.perf_counter() - before)
-    speeds = {name: statistics.median(a / b for a, b in zip(took[LAST], took[name], strict=True)) for name in ways}
-    speeds[LAST] = 1000 * statistics.median(took[LAST]) / len(batches)
-    return {name: (ratios[name], speeds[name]) for name in ways}
+    speeds = {name: statistics.median(a / b for a, b in zip(took[LAST], took[name], strict=True)) for name in others}
+    return Cell(1000 * statistics.median(took[LAST]) / len(batches), macs, speeds)
 
 
 if __name__ == "__main__":

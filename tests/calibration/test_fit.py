@@ -305,3 +305,12 @@ def test_logits_that_are_all_right_or_all_wrong_end_at_a_limit(sign, limit):
     targets = torch.arange(4)
     logits = sign * 2 * torch.eye(4).repeat(2, 1, 1)
     assert fit_temperatures(logits, targets).tolist() == pytest.approx([limit] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("right", [29, 57, 58])
+def test_an_accuracy_that_is_met_exactly_is_met_whatever_its_rounding(right):
+    targets = torch.arange(100) % 4
+    answers = torch.where(torch.arange(100) < right, targets, (targets + 1) % 4)
+    logits = 9 * torch.nn.functional.one_hot(answers, 4).float().repeat(4, 1, 1)
+    point = fit_operating_point((logits, targets), FLOPS, accuracy=right)
+    assert point.average_flops == FLOPS[0]

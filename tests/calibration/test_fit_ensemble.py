@@ -13,6 +13,7 @@ from timm_dfs import (
     operating_frontier,
 )
 from timm_dfs.calibration.ensemble import choose_ensemble
+from timm_dfs.calibration.latency import fit_latency
 from timm_dfs.calibration.operating_point import check_preset
 
 FLOPS = [10.0, 20.0, 40.0]
@@ -110,6 +111,19 @@ def test_the_frontier_of_an_ensemble_begins_with_the_last_exit_alone():
     first, *rest = operating_frontier(exits_with_own_noise(0), FLOPS, ensemble="mean", points=5)
     assert first.policy.answering == (2,)
     assert all(point.policy.answering == (0, 1, 2) for point in rest)
+
+
+def test_where_the_budget_allows_it_the_last_exit_predicts_alone_if_that_is_more_accurate():
+    logits, targets = exits_with_own_noise(0)
+    logits[:2] += 6 * torch.randn(2, *logits.shape[1:])  # the early exits are poor, not useless
+    alone = 100 * (logits[-1].argmax(-1) == targets).double().mean().item()
+    point = fit_operating_point((logits, targets), FLOPS, budget=FLOPS[-1], ensemble="mean")
+    assert point.policy.answering == (2,) and point.accuracy == alone
+    by_time = fit_latency((logits, targets), FLOPS, [1, 2, 4], point.policy, mean=4)
+    assert by_time.policy.answering == (2,) and by_time.accuracy == alone
+    for budget in (25.0, 35.0):
+        point = fit_operating_point((logits, targets), FLOPS, budget=budget, ensemble="mean")
+        assert point.average_flops <= budget and point.policy.answering == (0, 1, 2)
 
 
 @pytest.mark.parametrize("confidence", ["max_prob", "margin", "entropy", "patience"])

@@ -195,24 +195,21 @@ class Fitting:
         return found if self.never.ensemble is None else [self.point(self.never), *found]
 
     def _best(self, value: Value, wanted: str) -> OperatingPoint:
-        found: OperatingPoint | None = None
         if self.search is None:
             points = self._patient
-            done = torch.tensor([(point.accuracy, point.average_flops) for point in points], dtype=torch.float64)
-            values = value(*done.unbind(1))
-            found = points[int(values.argmax())] if values.max() > -math.inf else None
-        elif (thresholds := self.search.best(value)) is not None:
-            found = self.point(self.never.with_thresholds(thresholds))
-        if found is None and self.never.ensemble is not None:  # together, exits can be worse than the last one alone
-            never = self.point(self.never)
-            done = torch.tensor([(never.accuracy, never.average_flops)], dtype=torch.float64)
-            found = never if value(*done.unbind(1)).item() > -math.inf else None
-        if found is None:
+        else:
+            thresholds = self.search.best(value)
+            points = [] if thresholds is None else [self.point(self.never.with_thresholds(thresholds))]
+            if self.never.ensemble is not None:  # together, exits can be worse than the last one alone
+                points.append(self.point(self.never))
+        done = torch.tensor([(point.accuracy, point.average_flops) for point in points], dtype=torch.float64)
+        values = value(*done.reshape(-1, 2).unbind(1))
+        if not len(points) or values.max() == -math.inf:
             raise ValueError(
                 f"No thresholds were found for {wanted} on the validation data, where the last exit has "
                 f"{self.last_exit_accuracy:.2f} %; ask for less."
             )
-        return found
+        return points[int(values.argmax())]
 
     @cached_property
     def _patient(self) -> list[OperatingPoint]:

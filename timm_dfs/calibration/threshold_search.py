@@ -198,7 +198,11 @@ def within_budget(budget: float, last: float) -> Value:
 
 def at_accuracy(least: float, last: float) -> Value:
     """Value of low cost at an accuracy of at least ``least``; of equally cheap choices the more accurate is better."""
+    least -= _ROUNDING
     return lambda accuracy, cost: torch.where(accuracy >= least, _TIE * accuracy - cost / last, -math.inf)
 
 
 _TIE = 1e-9
+
+_ROUNDING = 1e-9
+"""Percentage points by which an accuracy may be short: in floating point, 57 of 100 samples are less than 57 %."""

@@ -36,6 +36,32 @@ def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
 
 
 @pytest.mark.parametrize(
+    ("fitted", "dataset", "split"),
+    [
+        ("uoft-cs/cifar100", "torch/cifar100", "test"),
+        ("uoft-cs/cifar100", "torch/cifar100", "validation[8:]"),
+        ("uoft-cs/cifar100", "hfids/uoft-cs/cifar100", "test"),
+        ("torch/cifar100", "uoft-cs/cifar100", "test"),
+        ("torch/cifar100", "/data/cifar100", "test"),
+        ("hfids/uoft-cs/cifar100", "uoft-cs/cifar100", "test[:1]"),
+        ("tfds/cifar100", "torch/cifar100", "test"),
+    ],
+)
+def test_a_data_set_is_the_same_however_it_is_read(fitted, dataset, split):
+    presets = dict(fast=dict(fitted_on=dict(dataset=fitted, split="test[:9]", samples=9)))
+    with pytest.raises(ValueError, match=f"'fast' was fitted on .* of {fitted}"):
+        refuse_fitted_split(presets, dataset, split)
+    refuse_fitted_split(presets, dataset, "train")
+    refuse_fitted_split(presets, dataset, "test[9:]")
+
+
+def test_the_validation_split_of_torchvision_that_thresholds_were_fitted_on_is_the_test_split():
+    presets = dict(fast=dict(fitted_on=dict(dataset="torch/cifar100", split="validation", samples=9)))
+    with pytest.raises(ValueError, match="'fast' was fitted on"):
+        refuse_fitted_split(presets, "torch/cifar100", "test")
+
+
+@pytest.mark.parametrize(
     ("fitted", "read"),
     [(("data", "val"), ("data/val", ".")), (("data/val", "."), ("data", "val")), (("val", "."), ("data/val", "."))],
 )

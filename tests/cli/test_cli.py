@@ -617,6 +617,13 @@ def test_bench_takes_images_of_a_data_set_and_another_size(pictures):
     assert data["images"].startswith("hfds/") and data["input_size"] == [3, 24, 24]
 
 
+@pytest.mark.parametrize(
+    "options", [("--split", "train"), ("--class-map", "names.txt"), ("--data-dir", "nowhere"), ("--input-key", "img")]
+)
+def test_bench_ignores_no_option_of_the_data(options):
+    assert_one_line(run("bench", "dfs_vgg7_cifar100", *QUICK, *options))
+
+
 def test_bench_refuses_a_batch_that_the_data_do_not_fill(pictures):
     result = run("bench", "dfs_vgg7_cifar100", *QUICK, "--batch-size", 50, "--dataset", f"hfds/{pictures}")
     assert_one_line(result, "6 images", "--batch-size")

@@ -115,6 +115,22 @@ def test_a_preparation_of_other_channels_is_refused(options, words):
         DataOptions(**options).prepare(tiny_vgg())
 
 
+@pytest.mark.parametrize("options", [dict(mean=[0.5]), dict(crop_pct=0.9), dict(interpolation="bilinear")], ids=str)
+def test_a_grey_network_can_be_prepared_without_giving_a_size(options):
+    model = tiny_vgg(in_chans=1)
+    DataOptions(**options).prepare(model)
+    assert model.pretrained_cfg["input_size"] == (1, 32, 32)
+    ((key, value),) = options.items()
+    assert model.pretrained_cfg[key] == (value if key != "mean" else tuple(value))
+
+
+@pytest.mark.parametrize("options", [dict(img_size=64), dict(input_size=(3, 64, 64))], ids=str)
+def test_a_size_that_the_network_does_not_take_is_refused_with_the_remedy(options):
+    model = timm.create_model("dfs_vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, exits=2).eval()
+    with pytest.raises(ValueError, match=r"dfs_vit_tiny_patch16_224 does not take .* 3×64×64 .*img_size=64"):
+        DataOptions(**options).prepare(model)
+
+
 def test_eval_measures_what_was_asked_for(checkpoint):
     shown = run("eval", checkpoint, "--split", "train[:4]", "--mean", "0", "0", "0", "--workers", 0, "--json")
     assert shown.exit_code == 0, shown.output
@@ -141,3 +157,11 @@ def test_a_misspelt_name_gets_similar_ones():
 def test_thresholds_are_not_fitted_to_the_test_images_under_another_name(checkpoint):
     refused = run("calibrate", checkpoint, "--dataset", "torch/cifar10", "--split", "validation[:10]")
     assert refused.exit_code == 2 and "test split" in refused.stderr
+
+
+def test_bench_times_the_images_of_a_checkpoints_own_data_set_where_its_split_is_named(checkpoint, folder):
+    quick = ("--batch-size", 2, "--seconds", 0, "--json")
+    named = run("bench", checkpoint, "--split", "train", *quick)
+    assert json.loads(named.stdout)["images"] == str(folder)
+    assert json.loads(run("bench", checkpoint, *quick).stdout)["images"] == "noise"
+    assert run("bench", checkpoint, "--split", "nonsense", *quick).exit_code == 2

@@ -9,6 +9,7 @@ import timm
 import torch
 from helpers import tiny_vgg
 from PIL import Image
+from timm.data import create_dataset
 from torchvision.datasets import CIFAR10
 
 from timm_dfs.cli.source import DataOptions
@@ -21,6 +22,7 @@ from timm_dfs.data.datasets import (
     training_classes,
 )
 from timm_dfs.data.images import labels_of, prepare
+from timm_dfs.data.splits import read_by_train
 from timm_dfs.training.run import TrainingRun
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -124,6 +126,30 @@ def test_a_slice_of_a_folder_that_lacks_classes_is_warned_of(folder, cifar10, re
     dataset_loader(tiny_vgg(), "", folder, "validation[2:-2]", workers=0)  # of each class
     dataset_loader(timm.create_model("dfs_vgg7_cifar100", num_classes=10), "torch/cifar10", cifar10, "train[:2]")
     assert not [warning for warning in recwarn if "folder's" in str(warning.message)]
+
+
+@pytest.mark.parametrize("split", ["train[:3]", "train", "training", "validation", "validation[1:]"])
+@pytest.mark.parametrize("dataset", ["torch/cifar10", "", "torch/folder"])
+def test_what_train_py_reads_of_a_split_is_what_timm_reads(dataset, split, folder, cifar10):
+    root = cifar10 if dataset == "torch/cifar10" else folder
+    read = open_dataset(dataset, root, read_by_train(dataset, split))
+    assert [target for _, target in read] == [target for _, target in create_dataset(dataset, root, split)]
+
+
+def test_a_run_with_slices_that_train_py_did_not_read_is_warned_of(folder, cifar10, recwarn):
+    arguments = dict(dataset="torch/cifar10", data_dir=cifar10, train_split="train[:3]", val_split="train[3:]")
+    with pytest.warns(
+        UserWarning, match="--train-split train.:3., .* no slices of torch/cifar10: it trained on .* test"
+    ):
+        follow_run(tiny_vgg(num_classes=10), TrainingRun("dfs_vgg7_cifar100", arguments=arguments))
+    arguments.update(dataset="", data_dir=folder)
+    with pytest.warns(UserWarning, match="no slices of folders: it validated on all of train"):
+        follow_run(tiny_vgg(), TrainingRun("dfs_vgg7_cifar100", arguments=arguments))
+    recwarn.clear()
+    for dataset in ("hfds/none", ""):
+        arguments.update(dataset=dataset, **({} if dataset else dict(train_split="train", val_split="validation")))
+        follow_run(tiny_vgg(), TrainingRun("dfs_vgg7_cifar100", arguments=arguments))
+    assert not [warning for warning in recwarn if "no slices" in str(warning.message)]
 
 
 def test_a_root_of_class_folders_is_a_split_when_asked_for(folder):

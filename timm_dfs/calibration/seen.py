@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.overlap import overlap
+from ..data.splits import overlap, standard
 
 ACCEPTED = 0.01
 """Share of known samples that is accepted."""
@@ -49,23 +49,23 @@ def _rows(logits: torch.Tensor) -> list[bytes]:
 def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -> None:
     """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set.
 
-    A folder ``/data/cifar100``, or ``cifar100``, is taken for a copy of the Hub's ``uoft-cs/cifar100``, because it is
-    called like it. A folder that exists is the same by each of its paths, and the split ``.`` of a folder ``data/val``
-    is the split ``val`` of the folder ``data``.
+    A folder ``/data/cifar100``, ``cifar100`` or ``torch/cifar100`` is taken for a copy of the Hub's
+    ``uoft-cs/cifar100``, because it is called like it. A folder that exists is the same by each of its paths, and the
+    split ``.`` of a folder ``data/val`` is the split ``val`` of the folder ``data``.
     """
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
         fitted = source.get("dataset") or "", source.get("split")
         if fitted[1] and (_overlap(fitted, (dataset, split)) or _overlap(_named(*fitted), _named(dataset, split))):
             raise ValueError(
-                f"The preset {name!r} was fitted on {fitted[1]} of {dataset}, whose images in {split} would flatter "
-                "it; give a split without them."
+                f"The preset {name!r} was fitted on {fitted[1]} of {fitted[0] or dataset}, and its images in {split} "
+                f"of {dataset} would flatter it; give a split without them."
             )
 
 
 def _overlap(fitted: tuple[str, str], read: tuple[str, str]) -> bool:
     """Whether two splits, each with its data set, may share images."""
-    return _same_data(fitted[0], read[0]) and overlap(fitted[1], read[1]) is not False
+    return _same_data(fitted[0], read[0]) and overlap(standard(*fitted), standard(*read)) is not False
 
 
 def _named(dataset: str, split: str) -> tuple[str, str]:
@@ -89,12 +89,22 @@ def located(dataset: str) -> str:
 
 def _same_data(fitted: str, read: str) -> bool:
     """Whether two names mean one data set: the same name, or its last part, if the places differ."""
+    fitted, read = _without_kind(fitted), _without_kind(read)
     if _place(fitted) != "not told":  # a folder of that name here may be another one
         fitted = located(fitted)
     read = located(read)
     if _place(fitted) == _place(read):
         return fitted == read
     return Path(fitted).name.casefold() == Path(read).name.casefold()
+
+
+def _without_kind(name: str) -> str:
+    """A data set's name without timm's word for how it is read."""
+    kind, slash, own = name.partition("/")
+    return own if slash and kind.lower() in _KINDS else name
+
+
+_KINDS = ("hfds", "hfids", "tfds", "wds", "torch")
 
 
 def _place(name: str) -> str:

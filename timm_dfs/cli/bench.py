@@ -61,8 +61,9 @@ def bench(
     """Measure speed and latency of early exit, compared with the last exit alone and each earlier exit alone.
 
     Operating points are the model's presets and two that halve the average cost: one with all exits, one with two
-    early exits, whose heads are then the only ones computed. Without a data set, images are noise: presets then say
-    little, and the points of half the cost show how much faster half the arithmetic is. Faster and cheaper are factors
+    early exits, whose heads are then the only ones computed. Unless an option names images, which of a checkpoint may
+    be --split alone, they are noise: presets then say little, and the points of half the cost show how much faster half
+    the arithmetic is. Faster and cheaper are factors
     in images per second and in multiply-adds, on the same images; achieved is the first over the second. Percentiles
     are of n batches: p95 needs 20, p99 needs 100. With ONNX Runtime, everything is compared with the last exit alone in
     the runtime where it is faster, at each batch size.
@@ -73,11 +74,12 @@ def bench(
     model = create(model_name, has_weights(model_name), checkpoint, model_kwargs)
     data.prepare(model)
     count = max(2 * max(sizes), 128)
-    if data.dataset is None and data.data_dir is None:
+    if not data.names_images:
         shape = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
         images = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     else:
-        loader = dataset_loader(model, **data.where(model_name), batch_size=64, workers=1, samples=count)
+        where = data.where(model_name)
+        loader = dataset_loader(model, **where, batch_size=64, workers=1, samples=count)
         if len(loader.dataset) < max(sizes):  # type: ignore[arg-type]
             raise ValueError(
                 f"There are {len(loader.dataset)} images for a batch of {max(sizes)}; "  # type: ignore[arg-type]
@@ -104,7 +106,7 @@ def bench(
     found: dict[str, Any] = dict(
         model=model_name,
         machine=describe_machine(*(["onnxruntime"] if runtime == "onnx" else [])),
-        images=data.dataset or str(data.data_dir or "noise"),
+        images=(where["dataset"] or where["root"]) if data.names_images else "noise",
         input_size=list(images.shape[1:]),
         fused=not as_is,
         timings=[asdict(timing) for timing in timings],

@@ -21,6 +21,7 @@ from .base import (
     millions,
     print_json,
 )
+from .source import fixed_size
 
 
 @command("list")
@@ -129,10 +130,7 @@ def show_flops(
     try:
         costs = Costs(model, size)
     except (AssertionError, RuntimeError) as error:  # of a network that takes images of one size only
-        raise ValueError(
-            f"{model_name} does not take images of {'×'.join(map(str, size))} ({error}); for networks of a fixed size, "
-            "build it for that size, e.g. --model-kwargs img_size=64."
-        ) from error
+        raise fixed_size(model_name, size, error) from error
     data: dict[str, Any] = dict(
         model=model_name,
         input_size=size,

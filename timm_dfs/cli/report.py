@@ -11,7 +11,7 @@ from ..base.model import MultiExitModel
 from ..calibration.seen import is_test, refuse_fitted_split
 from ..data.datasets import dataset_loader, is_stream
 from ..data.images import labels_of
-from ..data.overlap import overlap
+from ..data.splits import overlap, standard
 from ..evaluation.accuracy import collect_logits
 from ..evaluation.bench import Timing, measure
 from ..inference.fusion import fuse
@@ -115,8 +115,9 @@ def report(
 def _check_val_split(val_split: str | None, split: str, dataset: str, root: str | None) -> None:
     if val_split is None:
         return
-    parts = val_split.partition("[")[0] == split.partition("[")[0]  # of one split, which may be the test split
-    shared = overlap(val_split, split)
+    ours, measured = standard(dataset, val_split), standard(dataset, split)
+    parts = ours.partition("[")[0] == measured.partition("[")[0]  # of one split, which may be the test split
+    shared = overlap(ours, measured)
     if shared is not False if parts else shared or is_test(val_split, dataset, root):
         raise ValueError(
             f"--val-split is {val_split}, the split measured on is {split}; thresholds need one that shares no images "

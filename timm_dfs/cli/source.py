@@ -3,11 +3,12 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -16,8 +17,8 @@ from timm.data import resolve_data_config, str_to_interp_mode
 from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
 from ..data.images import adapted
-from ..data.overlap import overlap
 from ..data.shards import WHOLE, Shard, launched_processes
+from ..data.splits import overlap, read_by_train, standard
 from ..training.run import read_run
 
 InputKey = Annotated[str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")]
@@ -65,17 +66,23 @@ class DataOptions:
 
     def where(self, model_name: str, default_split: str | None = "test", processes: int = 1) -> dict[str, Any]:
         """Arguments of the loader, see :func:`data_of`."""
-        given = {key: getattr(self, key) for key in ("dataset", "split", "input_key", "target_key", "class_map")}
+        given = {key: getattr(self, key) for key in _WHICH}
         where = data_of(model_name, default_split, processes, root=self.data_dir, **given)
         if default_split is None:  # of calibrate and export-hub, whose split is to be held out of training
             warn_of_training_images(model_name, where)
         return where
 
+    @property
+    def names_images(self) -> bool:
+        """Whether one of the options says which images to read."""
+        return any(getattr(self, key) is not None for key in ("data_dir", *_WHICH))
+
     def prepare(self, model: MultiExitModel) -> None:
         """Write the given preparation into the model's ``pretrained_cfg``.
 
         Raises:
-            ValueError: If a value does not fit the model's channels, or is no interpolation of timm's.
+            ValueError: If a value does not fit the model's channels, or is no interpolation of timm's; or if the model
+                takes no images of the size given.
         """
         given = {name: getattr(self, name) for name in _PREPARATION if getattr(self, name)}
         if not given:
@@ -96,12 +103,33 @@ class DataOptions:
                 f"--mean is {self.mean}, --std is {self.std}; give one value, or one for each of the model's "
                 f"{model.in_chans} channels."
             ) from None
-        if config["input_size"][0] != model.in_chans:
+        if self.input_size is not None and self.input_size[0] != model.in_chans:
             raise ValueError(f"--input-size is {self.input_size}; the model takes {model.in_chans} channels.")
         model.pretrained_cfg.update(adapted(config, model.in_chans))
+        if self.input_size is not None or self.img_size is not None:
+            check_size(model)
 
 
+_WHICH = ("dataset", "split", "input_key", "target_key", "class_map")
 _PREPARATION = ("input_size", "img_size", "mean", "std", "crop_pct", "interpolation")
+
+
+def check_size(model: MultiExitModel) -> None:
+    """Raise ``ValueError`` if a model does not take images of the size in its ``pretrained_cfg``."""
+    size = model.pretrained_cfg["input_size"]
+    try:
+        with torch.no_grad():
+            model(next(model.parameters()).new_zeros(1, *size))
+    except (AssertionError, RuntimeError) as error:  # of a network that takes images of one size only
+        raise fixed_size(model.pretrained_cfg.get("architecture", type(model).__name__), size, error) from error
+
+
+def fixed_size(name: str, size: Sequence[int], error: Exception) -> ValueError:
+    """Error of a network that takes no images of a size."""
+    return ValueError(
+        f"{name} does not take images of {'×'.join(map(str, size))} ({error}); for networks of a fixed size, "
+        f"build it for that size, e.g. --model-kwargs img_size={size[-1]}."
+    )
 
 
 def with_data_options(command: Callable) -> Callable:
@@ -141,6 +169,8 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
     run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
     data = {key: run[flag] for key, flag in _OF_RUN.items() if run.get(flag) not in (None, "")}
     data.setdefault("root", run.get("data"))
+    if "split" in data:
+        data["split"] = read_by_train(data.get("dataset", ""), data["split"])
     given = {key: value for key, value in given.items() if value is not None}
     moved = given.keys() & {"dataset", "root"}
     if moved:  # the run's images elsewhere, or other images of the same kind
@@ -170,8 +200,9 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
 
 def warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
     run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
-    trained = run.get("train_split")
-    if trained and (run.get("dataset") or "") == where["dataset"] and overlap(trained, where["split"]):
+    dataset, trained = run.get("dataset") or "", run.get("train_split")
+    trained = trained and standard(dataset, read_by_train(dataset, trained))
+    if trained and dataset == where["dataset"] and overlap(trained, standard(dataset, where["split"])):
         warnings.warn(
             f"--split {where['split']} shares images with {trained}, which the model was trained on: thresholds and "
             "temperatures fitted to them are too confident. Give a split held out of training.",

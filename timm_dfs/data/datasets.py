@@ -20,6 +20,7 @@ from ..base.model import MultiExitModel
 from ..training.run import TrainingRun
 from .images import adapted, data_config, given_labels
 from .shards import WHOLE, Shard
+from .splits import FOLDERS, TORCHVISION, read_by_train
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -156,9 +157,9 @@ def _folder(root: str | None, split: str) -> str:
 def _check_torchvision_split(name: str, root: str | None, split: str) -> None:
     """Refuse a name that timm would take for torchvision's test split, or for the whole of a folder."""
     name = name.rpartition("/")[2].lower()
-    if name in ("folder", "image_folder"):
+    if name in FOLDERS:
         _folder(root, split)
-    elif name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"):
+    elif name in TORCHVISION:
         known = [*_TRAIN_SYNONYM, *_EVAL_SYNONYM, "test"]
         if split not in known:
             raise ValueError(f"torch/{name} has no split {split!r}; it has train and test (as {', '.join(known)}).")
@@ -187,7 +188,8 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
     """Prepare images and name classes as a run of ``train.py`` did, by the model's ``pretrained_cfg``.
 
     Input size, mean, standard deviation, crop and interpolation are what ``train.py`` validated with. Names of the
-    classes are those of its training split, if that is at hand, else numbers.
+    classes are those of its training split, if that is at hand, else numbers. A run that was given slices which
+    ``train.py`` does not read causes a warning.
 
     Args:
         model: The trained model; its ``pretrained_cfg`` is changed.
@@ -197,11 +199,26 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
         ValueError: If ``train.py`` validated the run in a way that is not reproduced here.
     """
     run.check_reproducible()
+    _warn_of_slices(run.arguments)
     config = adapted(resolve_data_config(run.arguments, model=model), model.in_chans)
     config["crop_mode"] = "center"  # train.py passes no other to its validation
     model.pretrained_cfg.update(config)
     names = class_names(training_classes(run.arguments))
     model.pretrained_cfg["label_names"] = names if names and len(names) == model.num_classes else None
+
+
+def _warn_of_slices(arguments: Mapping[str, Any]) -> None:
+    """Warn of slices in a run's splits where ``train.py`` read other images than these name."""
+    dataset = arguments.get("dataset") or ""
+    for use, flag in (("trained", "train_split"), ("validated", "val_split")):
+        given = arguments.get(flag) or ""
+        if "[" in given and (read := read_by_train(dataset, given)) != given:
+            warnings.warn(
+                f"This run was given --{flag.replace('_', '-')} {given}, but train.py reads no slices of "
+                f"{dataset or 'folders'}: it {use} on all of {read}. To divide a data set, give hfds/, or make a "
+                "folder of each part.",
+                stacklevel=3,
+            )
 
 
 def training_classes(arguments: Mapping[str, Any]) -> dict[str, int] | None:

@@ -20,6 +20,7 @@ from ..calibration.logits import halves
 from ..calibration.operating_point import OperatingPoint, measure_policy, outcomes
 from ..calibration.presets import NAMED, operating_points
 from ..data.datasets import follow_run
+from ..data.splits import read_by_train
 from ..evaluation.accuracy import anytime_accuracy, calibration_error
 from ..evaluation.flops import Costs
 from ..evaluation.machine import processor, threads
@@ -226,9 +227,9 @@ def training_facts(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
     facts["objective"] = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
     if start := _start(run.model, recorded):
         facts["started_from"] = start
-    splits = dict(training=recorded.get("train_split"), validation=recorded.get("val_split"))
-    facts["splits"] = {use: split for use, split in splits.items() if split}
     dataset, root = recorded.get("dataset") or "", recorded.get("data_dir") or recorded.get("data")
+    splits = dict(training=recorded.get("train_split"), validation=recorded.get("val_split"))
+    facts["splits"] = {use: read_by_train(dataset, split) for use, split in splits.items() if split}
     if dataset or root:
         facts["dataset"] = data_name(dataset, root)
     if arguments.is_file():

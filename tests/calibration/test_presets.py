@@ -8,6 +8,7 @@ import timm
 import torch
 from formula_fill import exit_logits
 from helpers import images, settled, tiny_vgg
+from safetensors.torch import load_file
 
 import timm_dfs
 from timm_dfs.calibration import fit, presets
@@ -147,6 +148,33 @@ def test_presets_of_another_computation_than_the_folders_are_refused(model, tmp_
     other.pretrained_cfg["input_size"] = (3, 64, 64)
     with pytest.raises(ValueError, match=r"input_size \[3, 64, 64\] instead of \[3, 32, 32\]"):
         write_presets(other, tmp_path / "m")
+
+
+def test_presets_are_refused_for_a_folder_whose_config_alone_changes_the_computation(tmp_path):
+    arguments = dict(depths=(1, 2), widths=(6, 8), num_classes=5)
+    by_maximum = settled(timm.create_model("dfs_vgg7_cifar100", global_pool="max", **arguments))
+    write_presets(by_maximum, tmp_path / "m")
+    by_average = timm.create_model("dfs_vgg7_cifar100", **arguments)
+    by_average.load_state_dict(by_maximum.state_dict())
+    by_average.presets = dict(fast=dict(thresholds=[0.5, 0.5, 0.0]))
+    with pytest.raises(ValueError, match=r"gives other logits from these weights, by its model_args .*'max'"):
+        write_presets(by_average, tmp_path / "m")
+
+
+def test_a_network_trained_with_feature_distillation_is_written_without_adapters(tmp_path):
+    model = settled(tiny_vgg(distill_feature_weight=0.1))
+    for fitted in ({}, dict(fast=dict(thresholds=[0.5, 0.5, 0.0]))):
+        model.presets = fitted
+        write_presets(model, tmp_path / "m")
+    again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    assert again.presets == model.presets and again.adapters is None
+    assert not [key for key in load_file(tmp_path / "m" / "model.safetensors") if "adapters" in key]
+
+
+@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, torch.nn.Sequential])
+def test_only_networks_with_exits_are_written(wrapper, model, tmp_path):
+    with pytest.raises(ValueError, match="exits"):
+        write_presets(wrapper(model), tmp_path / "m")
 
 
 def test_a_compiled_model_is_written_as_itself(model, tmp_path):

@@ -375,12 +375,69 @@ def test_a_twin_for_images_of_any_size_is_saved_with_the_size_that_its_positions
     assert_same_logits(again, model, x(size=64, channels=1))
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])  # timm's ViTs cannot be rebuilt with another pooling
-def test_another_pooling_is_saved(layout, tmp_path):
-    model = settled(twin(layout))
-    model.reset_classifier(CLASSES, "max")
+@pytest.mark.parametrize(("layout", "pooling"), [("NCHW", "max"), ("NHWC", "max"), ("NLC", "avg"), ("NLC", "token")])
+def test_another_pooling_is_saved(layout, pooling, tmp_path):
+    model = twin(layout)
+    model.reset_classifier(CLASSES, pooling)
+    settled(model)
     timm_dfs.write_presets(model, tmp_path / "saved")
     assert_same_logits(timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True), model)
+
+
+SWIN = dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), num_classes=CLASSES, exits=3)
+
+RESIZED = {
+    "ViT": ("dfs_test_vit", dict(num_classes=CLASSES, exits=3), dict(img_size=96, patch_size=8)),
+    "Swin": ("dfs_swin_tiny_patch4_window7_224", SWIN, dict(img_size=256)),
+    "SwinV2": ("dfs_swinv2_tiny_window8_256", dict(SWIN, img_size=64, window_size=4), dict(window_size=2)),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments", "size"), RESIZED.values(), ids=RESIZED)
+def test_another_input_size_is_saved_with_what_timm_changes_for_it(name, arguments, size, tmp_path):
+    model = settled(timm.create_model(name, **arguments))
+    model.presets = dict(fast=dict(thresholds=[0.5] * 3))
+    with pytest.warns(UserWarning, match="Dropped the presets fast: the input size"):
+        model.set_input_size(**size)
+    timm_dfs.write_presets(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert again.pretrained_cfg["input_size"] == model.pretrained_cfg["input_size"]
+    assert_same_logits(again, model, x(size=model.pretrained_cfg["input_size"][1]))
+
+
+def test_the_input_size_that_a_network_has_can_be_set_without_losing_presets(recwarn):
+    model = twin("NLC", img_size=64)
+    model.presets = dict(fast=dict(thresholds=[0.5] * model.num_exits))
+    model.set_input_size(img_size=64)
+    assert model.presets and not [warning for warning in recwarn if "presets" in str(warning.message)]
+
+
+@pytest.mark.parametrize("same", [dict(device="cpu"), dict(dtype=torch.float32), dict(img_size=64)], ids=str)
+def test_arguments_that_change_no_logits_keep_the_presets(same, tmp_path, recwarn):
+    model = settled(twin("NLC", img_size=(64, 64)))
+    model.presets = dict(fast=dict(thresholds=[0.5] * model.num_exits))
+    timm_dfs.write_presets(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, **same)
+    assert again.presets == model.presets and not [w for w in recwarn if "presets" in str(w.message)]
+
+
+def test_presets_of_weights_that_are_not_loaded_are_dropped(tmp_path):
+    model = settled(twin("NCHW"))
+    model.presets = dict(fast=dict(thresholds=[0.5] * model.num_exits))
+    timm_dfs.write_presets(model, tmp_path / "saved")
+    with pytest.warns(UserWarning, match="Dropped the presets fast: .* not loaded; give pretrained=True"):
+        assert timm.create_model(f"local-dir:{tmp_path / 'saved'}").presets == {}
+
+
+def test_a_file_of_the_bases_weights_loads_under_a_tag_of_ours(tmp_path):
+    base = timm.create_model("tf_efficientnet_lite0", num_classes=100)
+    torch.save(base.state_dict(), tmp_path / "base.pth")
+    overlay = dict(file=str(tmp_path / "base.pth"))
+    with pytest.warns(UserWarning, match="early exits are untrained"):
+        model = timm.create_model(
+            "dfs_tf_efficientnet_lite0.cifar100", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=100
+        )
+    assert torch.equal(model.backbone.classifier.weight, base.classifier.weight)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(num_classes=7)], ids=str)

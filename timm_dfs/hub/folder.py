@@ -1,7 +1,9 @@
 """The folder in which a model is published: weights, config, measured results, and files generated from them."""
 
+import copy
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 
-from ..base.evaluating import evaluating
+from ..base.evaluating import evaluating, require_exits
 from ..base.model import MultiExitModel
 from ..base.new_folder import is_new, new_folder
 from ..base.partition import changes_values
@@ -71,7 +73,8 @@ def write_weights(model: MultiExitModel, folder: Path) -> None:
 
 
 def _write(model: MultiExitModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    contiguous = {key: value.contiguous() for key, value in weights.items()}
+    # Adapters serve training only.
+    contiguous = {key: value.contiguous() for key, value in weights.items() if not key.startswith("adapters.")}
     save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     names = model.pretrained_cfg.get("label_names")
     dropped = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm takes the names for the base's
@@ -120,6 +123,7 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
+    require_exits(model)
     check_presets(model.presets, model.num_exits)
     check_rebuilt(model)
     if is_new(folder):
@@ -151,7 +155,7 @@ def check_same(model: MultiExitModel, folder: Path) -> None:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}; give a model's folder, or one that does not exist yet.")
-    held = load_file(folder / WEIGHTS_FILE)
+    held = {key: value for key, value in load_file(folder / WEIGHTS_FILE).items() if not key.startswith("adapters.")}
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("adapters.")}
     if held.keys() != state.keys() or not all(
         held[key].shape == value.shape and torch.equal(held[key], value.to(held[key].dtype))
@@ -169,6 +173,24 @@ def check_same(model: MultiExitModel, folder: Path) -> None:
         raise ValueError(
             f"The presets were not fitted to the model in {folder}, but to one with {changes}; give a new folder."
         )
+    if not _gives_same_logits(model, folder):
+        raise ValueError(
+            f"The model in {folder} gives other logits from these weights, by its model_args "
+            f"{config.get('model_args', {})}; give a new folder, or create the model from that one."
+        )
+
+
+def _gives_same_logits(model: MultiExitModel, folder: Path) -> bool:
+    """Whether the model that timm builds from a folder's config gives a model's logits from the same weights."""
+    ours = copy.deepcopy(model).cpu().float().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # presets are dropped from this copy
+        theirs = load(f"local-dir:{folder}")
+        theirs.load_state_dict({key: value for key, value in ours.state_dict().items() if "adapters." not in key})
+    images = golden_batch(ours)
+    with torch.inference_mode():
+        pairs = zip(theirs.forward_exits(images), ours.forward_exits(images), strict=True)
+    return all((one - other).abs().max().item() <= 1e-3 * other.abs().max().item() for one, other in pairs)
 
 
 def _computation(model_args: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:

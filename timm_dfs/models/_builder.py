@@ -106,7 +106,7 @@ def build_model(
             "(nothing else is unpickled) that was saved by this model or by the official code for it."
         ) from error
     if isinstance(model, MultiExitModel):  # features_only wraps it
-        settle_presets(model, trained, kwargs)
+        settle_presets(model, trained, kwargs, loaded=pretrained)
         if pretrained:
             check_last_exit(model, objective, model.pretrained_cfg["num_classes"])
         model.train_for(objective)

@@ -11,7 +11,14 @@ from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import DefaultCfg, PretrainedCfg, clean_state_dict, load_pretrained, load_state_dict
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    clean_state_dict,
+    is_model_pretrained,
+    load_pretrained,
+    load_state_dict,
+)
 from torch import nn
 
 from ..base.arguments import check_names
@@ -177,7 +184,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             model.pretrained_cfg["num_classes"] = classes_loaded
             if len(model.pretrained_cfg.get("label_names") or ()) not in (0, classes_loaded):
                 model.pretrained_cfg.update(label_names=None, label_descriptions=None)
-    settle_presets(model, trained_args, kwargs)
+    settle_presets(model, trained_args, kwargs, loaded=pretrained)
     model.train_for(objective)
     return model
 
@@ -188,8 +195,9 @@ def _num_exits(model_args: dict[str, Any]) -> int | None:
 
 
 def _tagged(base: str, cfg: PretrainedCfg, pretrained: bool) -> str:
-    """The base's name, with the tag of its own weights where those are loaded."""
-    return f"{base}.{cfg.tag}" if cfg.tag and pretrained else base
+    """The base's name, with the tag of its own weights where those are loaded and are timm's."""
+    tagged = f"{base}.{cfg.tag}"
+    return tagged if cfg.tag and pretrained and is_model_pretrained(tagged) else base
 
 
 def _refuse_features_of_twin(name: str, base: str, source: str) -> None:

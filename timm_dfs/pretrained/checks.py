@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import get_arch_name
 
 from ..base.chain import KEY as CHAIN_KEY
@@ -134,7 +135,7 @@ def check_last_exit(model: MultiExitModel, objective: Objective, classes: int) -
         )
 
 
-def settle_presets(model: MultiExitModel, trained: dict, given: dict | None = None) -> None:
+def settle_presets(model: MultiExitModel, trained: dict, given: dict, loaded: bool) -> None:
     """Check a model's presets; drop, with a warning, those that came with weights and do not fit the model as built.
 
     The arguments that the weights belong to are noted, so that timm saves them with the caller's.
@@ -143,6 +144,7 @@ def settle_presets(model: MultiExitModel, trained: dict, given: dict | None = No
         model: The model.
         trained: The ``model_args`` of its weights; empty if there are none.
         given: The arguments that the model was created with, those of the weights among them.
+        loaded: Whether the weights were loaded.
 
     Raises:
         ValueError: If a preset that did not come with weights does not fit.
@@ -151,7 +153,9 @@ def settle_presets(model: MultiExitModel, trained: dict, given: dict | None = No
     if model.presets != trained.get("presets"):
         check_presets(model.presets, model.num_exits)
         return
-    if changes := changed_arguments(model, trained, given or {}):
+    if not loaded:
+        model.drop_presets(model.presets, "the weights they were fitted to are not loaded; give pretrained=True")
+    if changes := changed_arguments(model, trained, given):
         model.drop_presets(model.presets, f"the model's {' and '.join(changes)} are not those they were fitted to")
     unfit = {}
     for name, preset in model.presets.items():
@@ -173,11 +177,10 @@ def changed_arguments(model: MultiExitModel, trained: dict, given: dict) -> list
     changed = [
         key
         for key, value in ours.items()
-        if key not in _OF_TRAINING and "drop" not in key and not _same(value, trained.get(key, usual.get(key)))
+        if key not in _IRRELEVANT and "drop" not in key and not _same(key, value, trained.get(key, usual.get(key)))
     ]
-    if not _same(
-        _decisive_beta(model.referencing, model.beta), _decisive_beta(trained.get("referencing"), trained.get("beta"))
-    ):
+    ratios = _decisive_beta(model.referencing, model.beta)
+    if not _same("beta", ratios, _decisive_beta(trained.get("referencing"), trained.get("beta"))):
         changed.append("beta or referencing")
     return changed
 
@@ -187,7 +190,7 @@ def _decisive_beta(referencing: str | None, beta: Any) -> Any:
     return beta if changes_values(referencing, beta) else None
 
 
-_OF_TRAINING = {
+_IRRELEVANT = {
     "presets",
     "pretrained_model_args",
     "beta",
@@ -195,10 +198,15 @@ _OF_TRAINING = {
     "exits",
     "head",
     "bn_momentum",
+    "device",
+    "dtype",
     *_CALLERS_OWN,
 }
 """Arguments that decide no logits, or that weights fit only if they are the same."""
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of an argument are the same; a height alone is that of a square."""
+    if name == "img_size" and one is not None and other is not None:
+        one, other = to_2tuple(one), to_2tuple(other)
     return one == other or (isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and [*one] == [*other])

@@ -1,6 +1,7 @@
 """A network with exits around any timm backbone."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -315,7 +316,8 @@ class MultiExit(MultiExitModel):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         check_num_classes(num_classes)
         self._check_last_exit_is_trained()
-        self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+        with self._keeping_changes():
+            self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
         super().reset_classifier(num_classes)  # without the pooling, which is the backbone's
         if global_pool is None:
             return
@@ -335,13 +337,35 @@ class MultiExit(MultiExitModel):
     @property
     def _traits(self) -> dict[str, Any]:
         """The image size for which timm built the backbone, and whether it takes others; timm saves both."""
-        network = self.backbone.encoder if isinstance(self.backbone, WithClassifier) else self.backbone
-        traits = getattr(network, "_traits", {})
+        traits = getattr(self._timm_model, "_traits", {})
         return {key: value for key, value in traits.items() if key != "first_conv"}  # pretrained_cfg has it by our name
 
+    @property
+    def _timm_model(self) -> nn.Module:
+        return self.backbone.encoder if isinstance(self.backbone, WithClassifier) else self.backbone
+
+    @contextmanager
+    def _keeping_changes(self) -> Iterator[None]:
+        """Keep what timm notes on the backbone of a change, which rebuilding this model needs."""
+        before = dict(getattr(self._timm_model, "_model_args", {}))
+        yield
+        noted = getattr(self._timm_model, "_model_args", {})
+        for key in before.keys() - noted.keys():
+            self._given_args.pop(key, None)
+        self._given_args.update((key, value) for key, value in noted.items() if value != before.get(key))
+
     def _set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        self.backbone.set_input_size(*args, **kwargs)
-        self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *_image_size(self.backbone))
+        before = self._sizes()
+        with self._keeping_changes():
+            self.backbone.set_input_size(*args, **kwargs)
+        size = self._traits.get("img_size") or _image_size(self.backbone)
+        self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *size)
+        if self._sizes() != before:
+            self.drop_presets(self.presets, "the input size they were fitted to was changed")
+
+    def _sizes(self) -> dict[str, Any]:
+        """What ``set_input_size`` changes: the size of images, and of patches and windows where they were set."""
+        return dict(self._given_args, img_size=self.pretrained_cfg["input_size"])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:

@@ -481,6 +481,13 @@ def test_another_input_size_is_that_of_the_backbone(layout):
     assert len(model.forward_exits(images(size=96))) == 3
 
 
+def test_height_and_width_of_another_input_size_may_differ():
+    model = timm.create_model("dfs_efficientvit_m0", exits=2)
+    model.set_input_size(img_size=(224, 288))
+    assert model.pretrained_cfg["input_size"] == (3, 224, 288)
+    assert len(model.eval().forward_exits(torch.zeros(1, 3, 224, 288))) == 2
+
+
 def test_a_backbone_of_any_input_size_has_nothing_to_set():
     assert not hasattr(wrapped(), "set_input_size")  # as timm's networks of any size have none
 

@@ -97,14 +97,17 @@ def generated(root: Path) -> dict[str, str]:
             dict(
                 together(of_length, WITH_EXITS),
                 missing=missing(of_length),
-                taught=any("taught" in run["setting"] for run in of_length),
+                taught={
+                    name: teaching
+                    for name, teaching in TEACHING.items()
+                    if any(run["setting"].partition(", ")[2] == name for run in of_length)
+                },
                 without_exits=without_exits(of_length),
             )
             for of_length in divided(augmented, "epochs")
         ],
         augmentation=RECIPES["randaugment"],
         teacher=TEACHER,
-        teaching=TEACHING,
         over_seeds=over_seeds(of_seeds),
         shares=SHARES,
         fine_tuned_referencing=fine_tuned_settings["referencing"],

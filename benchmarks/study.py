@@ -41,19 +41,25 @@ SETTINGS = {
     "one-sided 0.9, chained": dict(beta=0.9, referencing="one_sided", chain=0.5),
     "joint, taught": dict(beta="joint", teacher_size=96),
     "one-sided 0.5, taught": dict(beta=0.5, referencing="one_sided", teacher_size=96),
-    "one-sided 0.9, taught": dict(beta=0.9, referencing="one_sided", teacher_size=96),
+    "joint, taught at 1": dict(beta="joint", teacher_size=96),
+    "one-sided 0.5, taught at 1": dict(beta=0.5, referencing="one_sided", teacher_size=96),
+    "one-sided 0.9, taught at 1": dict(beta=0.9, referencing="one_sided", teacher_size=96),
     "last exit alone": dict(beta="joint", loss_weights=[0.0, 0.0, 0.0, 0.0, 1.0]),
 }
 """Model arguments of each setting. The weight of distillation is that of the official ResNet recipe, the
 chain BoostNet's; "0.5 to 1" partitions the first two exits' features alone; "taught" is by :data:`TEACHER`, which sees
-the images at the size it was trained at; "last exit alone" is the network without early exits."""
+the images at the size it was trained at, as :data:`TEACHING` says; "last exit alone" is the network without early
+exits."""
 
 TEACHER = "dfs_tf_efficientnet_lite0.cifar100"
 """The teacher of the settings that have one, by its last exit: from ImageNet weights, fine-tuned on the same training
 images, without the held-out ones."""
 
-TEACHING = dict(temperature=4.0, distill_loss_weight=0.9, task_loss_weight=0.1)
-"""Weights of its loss, usual on CIFAR-100 since Hinton et al. (arXiv 1503.02531)."""
+_WEIGHTS = dict(distill_loss_weight=0.9, task_loss_weight=0.1)
+
+TEACHING = {"taught": dict(_WEIGHTS, temperature=4.0), "taught at 1": dict(_WEIGHTS, temperature=1.0)}
+"""Weights and temperature of its loss: those usual on CIFAR-100 since Hinton et al. (arXiv 1503.02531); and, as this
+teacher was trained with label smoothing, so that its predictions are soft as they are, a temperature of 1."""
 
 BACKBONE_FIRST = {"joint, backbone first"}
 """Settings that train the last exit alone for the first half, then all exits (Kubaty et al., ICML 2025)."""
@@ -136,7 +142,8 @@ def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_o
         ValueError: If the file is of another recipe.
     """
     kwargs = dict(recipe["model_kwargs"], **SETTINGS[setting])
-    taught = dict(teacher=load_teacher(), **TEACHING) if "teacher_size" in kwargs else {}  # draws random numbers
+    teaching = TEACHING.get(setting.partition(", ")[2])
+    taught = dict(teacher=load_teacher(), **teaching) if teaching else {}  # draws random numbers
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     batch_size, samples = recipe["batch_size"], len(train[0])

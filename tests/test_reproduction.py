@@ -1,6 +1,7 @@
 """docs/reproduction.md says what the results say: made here from made-up results whose outcome is known."""
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -384,11 +385,18 @@ def test_a_taught_network_starts_from_the_weights_of_the_others_and_ends_elsewhe
     starts, restore = [], study.restore
     monkeypatch.setattr(study, "restore", recording)
     monkeypatch.setattr(study, "load_teacher", lambda: timm.create_model("test_resnet", num_classes=5))
-    for setting in ("joint", "joint, taught"):
+    settings = ("joint", "joint, taught", "joint, taught at 1")
+    for setting in settings:
         study.run(setting, 0, 1, TINY, *images, tmp_path / f"{setting}.pt")
-    assert all(torch.equal(starts[0][name], tensor) for name, tensor in starts[1].items())
-    ends = [torch.load(tmp_path / f"{setting}.pt")["trainer"]["model"] for setting in ("joint", "joint, taught")]
-    assert not all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+    assert all(torch.equal(starts[0][name], start[name]) for start in starts for name in start)
+    ends = [torch.load(tmp_path / f"{setting}.pt")["trainer"]["model"] for setting in settings]
+    for one, other in itertools.combinations(ends, 2):
+        assert not all(torch.equal(one[name], tensor) for name, tensor in other.items())
+
+
+def test_every_setting_with_a_teacher_says_how_it_teaches():
+    taught = {setting for setting, arguments in study.SETTINGS.items() if "teacher_size" in arguments}
+    assert {setting for setting in study.SETTINGS if setting.partition(", ")[2] in study.TEACHING} == taught
 
 
 def test_erased_rectangles_have_the_data_sets_mean():

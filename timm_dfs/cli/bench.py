@@ -63,10 +63,9 @@ def bench(
     Operating points are the model's presets and two that halve the average cost: one with all exits, one with two
     early exits, whose heads are then the only ones computed. Unless an option names images, which of a checkpoint may
     be --split alone, they are noise: presets then say little, and the points of half the cost show how much faster half
-    the arithmetic is. Faster and cheaper are factors
-    in images per second and in multiply-adds, on the same images; achieved is the first over the second. Percentiles
-    are of n batches: p95 needs 20, p99 needs 100. With ONNX Runtime, everything is compared with the last exit alone in
-    the runtime where it is faster, at each batch size.
+    the arithmetic is. Faster and cheaper are factors in images per second and in multiply-adds, on the same images;
+    achieved is the first over the second. Percentiles are of n batches: p95 needs 20, p99 needs 100. With ONNX Runtime,
+    everything is compared with the last exit alone in the runtime where it is faster, at each batch size.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"--runtime is {runtime}; choose one of {', '.join(RUNTIMES)}.")

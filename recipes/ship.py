@@ -15,7 +15,8 @@ one went on from, each through its ``initial_checkpoint``, in the order of train
 Where the first started from the weights in a folder of hub/, what that says of their training and base comes first.
 
 A run of ``benchmarks/gpu/run.py`` is shipped likewise, with a recipe of ``benchmarks/gpu/recipes``. Where all training
-images were trained on, half of the test split fits the thresholds and the other half is measured:
+images were trained on, half of the test split fits the thresholds and the other half is measured; a split that shares
+images with training is refused for either:
 
     python recipes/ship.py runs/joint --recipe benchmarks/gpu/recipes/autoaugment.yaml --tag joint \\
         --held-out 'test[:5000]' --test 'test[5000:]' --budgets 60e6 100e6 140e6
@@ -33,15 +34,19 @@ from safetensors import safe_open
 import timm_dfs
 from timm_dfs.data.cifar100 import LABEL_NAMES
 from timm_dfs.data.datasets import dataset_loader
+from timm_dfs.data.splits import overlap, read_by_train
 from timm_dfs.evaluation.machine import processor, threads
 from timm_dfs.hub import from_checkpoint as export
 from timm_dfs.hub.folder import BASE_LICENSE_FILE, load
 from timm_dfs.training.run import read_run
 
 HUB = Path(__file__).resolve().parent.parent / "hub"
-GPU = HUB.parent / "benchmarks" / "gpu"
 DATA = {"dataset", "train_split", "val_split", "pretrained_path", "initial_checkpoint"}
 """Arguments in which a run may differ: they say where the same images and weights are stored."""
+WITHOUT_EFFECT = {"device", "workers", "val_interval", "checkpoint_hist"}
+"""Arguments in which a run may differ because they do not change what is trained."""
+OF_GPU_KIT = {"pad", "pad_value", "cutout"}
+"""Settings of recipes for ``benchmarks/gpu/run.py``, which records itself; train.py passes over them without a word."""
 PRECISION = {"amp", "amp_dtype"}
 """Arguments in which a run may differ, which the results then state: a processor without bfloat16 trains in float32."""
 
@@ -64,7 +69,18 @@ def main() -> None:
     parser.add_argument("--dataset", help="the data set now, if it is stored elsewhere than when the run trained")
     args = parser.parse_args()
 
-    recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, args.run / "args.yaml"))
+    record, checkpoint = args.run / "args.yaml", args.run / "last.pth.tar"
+    for file in (record, checkpoint):
+        if not file.exists():
+            parser.error(f"there is no {file}")
+    recipe, run = (yaml.safe_load(file.read_text()) for file in (args.recipe, record))
+    of_checkpoint = read_run(checkpoint)
+    own = {key: of_checkpoint.arguments[key] for key in recipe if key in of_checkpoint.arguments}
+    own = yaml.safe_load(yaml.safe_dump(own))  # tuples are lists there
+    if other := differences({key: run[key] for key in own if key in run}, own):
+        parser.error(f"{checkpoint} is of a run that differs from {record} in {', '.join(sorted(other))}")
+    if (ignored := OF_GPU_KIT & recipe.keys()) and not run.get("script"):
+        parser.error(f"the run was made by train.py, which ignores the recipe's {', '.join(sorted(ignored))}")
     changed = differences(recipe, run)
     settings = changed.pop("model_kwargs", None)  # the objective and the tag stand for them
     if refused := changed.keys() - PRECISION:
@@ -76,8 +92,6 @@ def main() -> None:
             parser.error(f"{args.base} does not say where it is from; make it by recipes/base_weights.py")
     if args.tag is None and (settings is not None or run["model_kwargs"] != recipe.get("model_kwargs", {})):
         parser.error(f"the run has model_kwargs {run['model_kwargs']}, which are not the recipe's; give it a --tag")
-    checkpoint = args.run / "last.pth.tar"
-    of_checkpoint = read_run(checkpoint)
     if of_checkpoint.epoch + 1 != run["epochs"]:
         parser.error(f"the run stopped after {of_checkpoint.epoch + 1} of {run['epochs']} epochs")
 
@@ -89,6 +103,10 @@ def main() -> None:
     else:
         hardware = f"{threads()} of {processor()}"
     dataset = args.dataset or run["dataset"]
+    held_out, trained = args.held_out or run["val_split"], read_by_train(run["dataset"], run["train_split"])
+    for split in (held_out, args.test):
+        if overlap(trained, split):
+            parser.error(f"{split} shares images with {trained}, which was trained on; give another split")
 
     def collect(model: timm_dfs.MultiExitModel, split: str) -> export.Split:
         keys = run["input_key"], run["target_key"]
@@ -103,8 +121,12 @@ def main() -> None:
     )
     if run.get("input_size"):
         training["input_size"] = run["input_size"]
-    if args.recipe.resolve().is_relative_to(GPU):
-        training["script"] = (GPU / "run.py").relative_to(GPU.parent.parent).as_posix()
+    if run.get("script"):
+        training["script"] = run["script"]
+        training.pop("hours", None)  # by the times of files, which those that were carried do not keep
+        lines = [json.loads(line) for line in (args.run / "exits.jsonl").read_text().splitlines()]
+        if lines[-1].get("hours") is not None:
+            training["hours"] = lines[-1]["hours"]
     if changed:
         training["other_than_recipe"] = changed
     phases, first = earlier_phases(parser, args.earlier_recipes, run)
@@ -139,16 +161,14 @@ def main() -> None:
         model.pretrained_cfg["label_names"] = LABEL_NAMES  # a copy of its files without the Hub's card has no names
     if args.img_size is not None:
         model.pretrained_cfg["input_size"] = (model.in_chans, args.img_size, args.img_size)
-    export.export(
-        model, folder, collect, args.held_out or run["val_split"], args.test, facts, args.tag, budgets=args.budgets
-    )
+    export.export(model, folder, collect, held_out, args.test, facts, args.tag, budgets=args.budgets)
     if licence is not None:
         (folder / BASE_LICENSE_FILE).write_text(licence)
 
 
 def differences(recipe: dict, run: dict) -> dict:
-    """Arguments in which a run is not its recipe, apart from where files are."""
-    return {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA}
+    """Arguments in which a run is not its recipe, apart from where files are and what does not change training."""
+    return {key: run[key] for key, value in recipe.items() if run[key] != value and key not in DATA | WITHOUT_EFFECT}
 
 
 def earlier_phases(parser: argparse.ArgumentParser, recipes: list[Path], run: dict) -> tuple[list[dict], dict]:

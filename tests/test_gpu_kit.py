@@ -221,6 +221,8 @@ OBJECTIVES = {
     "distillation": dict(distill_weight=0.3, distill_feature_weight=0.03),
     "equilibrium": dict(gradient_equilibrium=True),
     "weights": dict(loss_weights=[1.0, 0.5, 2.0]),
+    "chain": dict(beta="joint", chain=0.5),
+    "the first exit's partition": dict(beta=[0.5, 1.0]),
 }
 
 
@@ -327,10 +329,46 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(data, tmp_path, aa)
     assert_same_state(one, other)
     lines = (tmp_path / "part" / "dfs" / "exits.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
+    hours = [json.loads(line)["hours"] for line in lines]
+    assert hours == sorted(hours) and hours[0] > 0  # they go on, too
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    {
+        "rate": (dict(lr=0.1), "lr=0.05 instead of 0.1"),
+        "fewer epochs": (dict(epochs=2), "epochs=3 instead of 2"),
+        "augmentation": (dict(cutout=8), "cutout=0 instead of 8"),
+    }.values(),
+    ids=["rate", "fewer epochs", "augmentation"],
+)
+def test_a_checkpoint_of_another_recipe_is_refused(data, tmp_path, change, told):
+    training(data, tmp_path).to_the_end(minutes=0)
+    with pytest.raises(ValueError, match=f"last.pth.tar was trained with {told}; take that recipe"):
+        training(data, tmp_path, **change)
+    with pytest.raises(ValueError, match="model_kwargs="):
+        training(data, tmp_path, dict(dfs=dict(NETWORK, beta=0.75)))
+    assert training(data, tmp_path, workers=1, val_interval=3).first.epoch == 1
+
+
+def test_a_run_whose_checkpoint_alone_was_carried_has_a_record_again_and_claims_no_hours(data, tmp_path):
+    training(data, tmp_path).to_the_end(minutes=0)
+    record = (tmp_path / "dfs" / "args.yaml").read_text()
+    for name in ("args.yaml", "exits.jsonl"):
+        (tmp_path / "dfs" / name).unlink()
+    assert training(data, tmp_path).to_the_end()
+    assert (tmp_path / "dfs" / "args.yaml").read_text() == record
+    assert [json.loads(line)["hours"] for line in (tmp_path / "dfs" / "exits.jsonl").open()] == [None, None]
+
+
+def test_a_record_tells_of_the_crop_that_is_made(data, tmp_path):
+    for given, scale in ((dict(pad=4), None), (dict(pad=None, workers=1), [0.08, 1.0])):
+        args = training(data, tmp_path / str(given["pad"]), **given).args
+        assert args.scale == scale and args.script == "benchmarks/gpu/run.py"
 
 
 def test_runs_that_stand_at_different_epochs_are_refused(data, tmp_path):
-    training(data, tmp_path, dict(one=NETWORK), epochs=1).to_the_end()
+    training(data, tmp_path, dict(one=NETWORK), epochs=2).to_the_end(minutes=0)
     with pytest.raises(ValueError, match="one at 1, other at 0"):
         training(data, tmp_path, dict(one=NETWORK, other=NETWORK), epochs=2)
 

@@ -15,6 +15,10 @@ from timm.utils import CheckpointSaver, random_seed, unwrap_model
 from torch import nn
 
 import timm_dfs  # noqa: F401  teaches the task the exits' loss
+from timm_dfs.training.run import read_run
+
+WITHOUT_EFFECT = {"device", "workers", "val_interval", "checkpoint_hist", "torchcompile", "torchcompile_mode"}
+"""Settings in which a run may differ from the checkpoint that it goes on from: none changes what is trained."""
 
 
 class Learner:
@@ -30,6 +34,9 @@ class Learner:
         epoch: Epochs finished.
         updates: Steps done.
         epochs: Epochs of the whole schedule.
+
+    Raises:
+        ValueError: If the checkpoint was trained by another recipe.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, updates_per_epoch: int, folder: Path):
@@ -86,6 +93,14 @@ class Learner:
         self.right = torch.zeros(self.model.num_exits, device=device)
 
     def _resume(self, last: Path) -> int:
+        before, now = read_run(last).arguments, vars(self.args)
+        other = [
+            f"{key}={before.get(key)} instead of {now.get(key)}"
+            for key in sorted((before.keys() | now.keys()) - WITHOUT_EFFECT)
+            if before.get(key) != now.get(key)
+        ]
+        if other:
+            raise ValueError(f"{last} was trained with {', '.join(other)}; take that recipe, or another --output.")
         epoch = resume_task_checkpoint(self.task, str(last), optimizer=self.optimizer)
         for parameter, state in self.optimizer.state.items():
             if (buffer := state.get("momentum_buffer")) is not None:  # in the memory format that a fused step wants

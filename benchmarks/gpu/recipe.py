@@ -74,6 +74,9 @@ OPTIMIZERS = {"sgd", "momentum"}
 OF_TIMMS_CROP = {"train_crop_mode", "scale", "ratio", "color_jitter", "train_interpolation"}
 """Settings of the crop that ``pad`` replaces."""
 
+SCRIPT = "benchmarks/gpu/run.py"
+"""What a run's record says of the script that made it; train.py's has nothing there."""
+
 
 def read_recipe(file: Path | None, settings: dict[str, Any]) -> argparse.Namespace:
     """Read a YAML file of train.py's kind.
@@ -96,6 +99,9 @@ def read_recipe(file: Path | None, settings: dict[str, Any]) -> argparse.Namespa
     if args.pad is not None and without_effect:
         raise ValueError(f"pad is {args.pad}, with which {', '.join(without_effect)} would be ignored; leave them out.")
     _check(args)
+    args.script = SCRIPT
+    if args.pad is not None:
+        vars(args).update(dict.fromkeys(OF_TIMMS_CROP))  # so that no record tells of a crop that was not made
     return args
 
 

@@ -59,6 +59,7 @@ class Training:
         capture: str = "branches",
     ):
         recipes = {name: read_recipe(recipe, {**settings, "model_kwargs": kwargs}) for name, kwargs in runs.items()}
+        self.begun = time.time()
         self.args = args = next(iter(recipes.values()))
         self.output = output
         device = torch.device(args.device)
@@ -75,13 +76,15 @@ class Training:
             name: Learner(own, device, len(self.batches), _folder(output / name)) for name, own in recipes.items()
         }
         for name, own in recipes.items():
-            if not self.learners[name].epoch:  # the record of a run's start, as train.py's
-                (output / name / "args.yaml").write_text(yaml.safe_dump(vars(own)))
+            record = output / name / "args.yaml"
+            if not self.learners[name].epoch or not record.exists():
+                record.write_text(yaml.safe_dump(vars(own)))
         self.first = next(iter(self.learners.values()))
         if any(learner.epoch != self.first.epoch for learner in self.learners.values()):
             ends = ", ".join(f"{name} at {learner.epoch}" for name, learner in self.learners.items())
             raise ValueError(f"The runs to go on with stand at different epochs ({ends}); train them one by one.")
         shape = (args.batch_size, *images.shape[1:])
+        self.hours = {name: _hours(output / name, learner.epoch) for name, learner in self.learners.items()}
         self.steps = Steps(list(self.learners.values()), inputs.augmented, shape, device, capture)
 
     def epoch(self) -> tuple[dict[str, dict[str, float]], float]:
@@ -105,33 +108,48 @@ class Training:
                 trained, seconds = self.epoch()
                 done = self.first.epoch
                 checked = done % self.args.val_interval == 0 or done == self.first.epochs
+                metrics = {
+                    name: self._validate(name, learner, trained[name], seconds) if checked else None
+                    for name, learner in self.learners.items()
+                }
                 for name, learner in self.learners.items():
-                    metric = self._check(name, learner, trained[name], seconds) if checked else None
-                    learner.end_validation(metric)
+                    if checked:  # all at once, so that whoever copies the checkpoints gets them of one epoch
+                        learner.save(metrics[name])
+                    learner.end_validation(metrics[name])
                     _logger.info(f"{name}: epoch {done - 1}, {seconds:.2f} s, {_in_words(trained[name])}")
                 if checked:
                     now = time.monotonic()
                     longest, last = max(longest, now - last), now
                     if now - begun + longest > 60 * minutes:
                         break
-        return self.first.epoch == self.first.epochs
+        return self.first.epoch >= self.first.epochs
 
-    def _check(self, name: str, learner: Learner, trained: dict[str, float], seconds: float) -> float:
-        """Validate at every exit, write it down, save a checkpoint; return what train.py calls the metric."""
+    def _validate(self, name: str, learner: Learner, trained: dict[str, float], seconds: float) -> float:
+        """Validate at every exit, write it down; return what train.py calls the metric."""
         folder, epoch, rate = self.output / name, learner.epoch - 1, learner.optimizer.param_groups[0]["lr"]
         top1 = {of: self.validation(network) for of, network in learner.networks().items()}
         metric = list(top1.values())[-1][-1]  # the last exit's, of the moving average if there is one
         update_summary(epoch, dict(loss=trained["loss"]), dict(top1=metric), str(folder / "summary.csv"), rate)
-        line = dict(epoch=epoch, seconds=round(seconds, 3), lr=rate, train=trained, validation=top1)
+        before = self.hours[name]
+        hours = None if before is None else round(before + (time.time() - self.begun) / 3600, 5)
+        line = dict(epoch=epoch, seconds=round(seconds, 3), hours=hours, lr=rate, train=trained, validation=top1)
         with (folder / "exits.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        learner.save(metric)
         return metric
 
 
 def _folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _hours(folder: Path, epoch: int) -> float | None:
+    """Hours that a run took up to an epoch, by its record; ``None`` if that is not there."""
+    if not epoch:
+        return 0.0
+    file = folder / "exits.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
+    return next((line.get("hours") for line in lines if line["epoch"] == epoch - 1), None)
 
 
 def _in_words(trained: dict[str, float]) -> str:

@@ -32,10 +32,10 @@ RECIPES = ROOT / "recipes"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A tiny data set with a held-out split and a test split."""
+    """A tiny data set with a held-out split, a test split and one to train on."""
     folder = tmp_path_factory.mktemp("data")
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(num_classes=10)})
-    for seed, split in enumerate(("validation", "test")):
+    for seed, split in enumerate(("validation", "test", "train")):
         noise = np.random.default_rng(seed).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
         rows = {"img": [Image.fromarray(image) for image in noise], "fine_label": [i % 10 for i in range(12)]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
@@ -274,9 +274,15 @@ ELSEWHERE = dict(pretrained=True, pretrained_path="elsewhere")
 
 @pytest.fixture
 def ship(checkpoint, data, tmp_path, monkeypatch):
-    """A function that calls recipes/ship.py on the run and a recipe, and returns the folder and its results."""
+    """A function that calls recipes/ship.py on the run and a recipe, and returns the folder and its results.
+
+    ``in_record`` is what args.yaml says otherwise than the checkpoint.
+    """
     recipe, script = tmp_path / "mine.yaml", tmp_path / "recipes" / "ship.py"
-    settings = dict(model="dfs_vgg7_cifar100", epochs=3, dataset="hfds/made/up", train_split="validation", amp=True)
+    state = torch.load(checkpoint, weights_only=False)
+    of_network = dict(num_classes=10, model_kwargs=state["args"].model_kwargs)
+    settings = dict(model="dfs_vgg7_cifar100", epochs=3, dataset="hfds/made/up", train_split="train", amp=True)
+    settings.update(of_network)
     recipe.write_text(yaml.safe_dump(settings))
     script.parent.mkdir()
     shutil.copy(RECIPES / "ship.py", script)
@@ -285,9 +291,10 @@ def ship(checkpoint, data, tmp_path, monkeypatch):
     run_folder = tmp_path / "run"
     shutil.copytree(checkpoint.parent, run_folder)
 
-    def call(*options, **changed):
-        arguments = {**settings, **of_data, **keys, "model_kwargs": {}, **changed}
-        (run_folder / "args.yaml").write_text(yaml.safe_dump(arguments))
+    def call(*options, in_record=(), **changed):
+        arguments = {**settings, **of_data, **keys, **changed}
+        torch.save(dict(state, args=argparse.Namespace(**arguments)), run_folder / "last.pth.tar")
+        (run_folder / "args.yaml").write_text(yaml.safe_dump({**arguments, **dict(in_record)}))
         monkeypatch.setattr(sys, "argv", ["ship.py", str(run_folder), "--recipe", str(recipe), *options])
         monkeypatch.chdir(RECIPES)  # a checkout
         runpy.run_path(str(script), run_name="__main__")
@@ -306,13 +313,14 @@ def test_a_finished_run_of_a_recipe_is_shipped_under_the_models_name(ship):
 
 
 def test_other_settings_than_the_recipes_are_shipped_under_a_tag_only(ship, capsys):
+    distilled = dict(depths=(1, 2), widths=(6, 8), beta=0.25, distill_weight=0.5)
     with pytest.raises(SystemExit):
-        ship(model_kwargs=dict(beta=0.25))
+        ship(model_kwargs=distilled)
     assert "give it a --tag" in capsys.readouterr().err
-    folder, results = ship("--tag", "quarter", model_kwargs=dict(beta=0.25))
-    assert folder.name == results["model"] == "dfs_vgg7_cifar100.quarter"
-    assert check_folder(folder).pretrained_cfg["tag"] == "quarter"
-    assert "# dfs_vgg7_cifar100.quarter" in (folder / "README.md").read_text()
+    folder, results = ship("--tag", "distilled", model_kwargs=distilled)
+    assert folder.name == results["model"] == "dfs_vgg7_cifar100.distilled"
+    assert check_folder(folder).pretrained_cfg["tag"] == "distilled"
+    assert "# dfs_vgg7_cifar100.distilled" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -322,6 +330,44 @@ def test_a_run_that_is_not_its_recipes_is_not_shipped(ship, capsys, changed, why
     with pytest.raises(SystemExit):
         ship(**changed)
     assert why in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_than_the_record_beside_it_is_not_shipped(ship, capsys):
+    """A run that went on from the checkpoint of one by another recipe."""
+    for other in (dict(amp=False), dict(model_kwargs=dict(beta=0.5))):
+        with pytest.raises(SystemExit):
+            ship(in_record=other)
+        told = capsys.readouterr().err
+        assert "is of a run that differs from" in told and next(iter(other)) in told
+
+
+@pytest.mark.parametrize("options", [["--held-out", "train[:6]"], ["--test", "train"]])
+def test_neither_thresholds_nor_accuracies_are_from_images_that_were_trained_on(ship, capsys, options):
+    with pytest.raises(SystemExit):
+        ship(*options)
+    assert f"{options[1]} shares images with train, which was trained on" in capsys.readouterr().err
+
+
+def test_how_many_workers_there_were_and_how_often_was_validated_do_not_make_another_recipe(ship, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(recipe.read_text() + "workers: 4\nval_interval: 20\n")
+    _, results = ship(workers=2, val_interval=1)
+    assert "other_than_recipe" not in results["training"]
+
+
+def test_a_run_of_the_gpu_kit_is_known_by_its_record(ship, tmp_path, capsys):
+    recipe, lines = tmp_path / "mine.yaml", tmp_path / "run" / "exits.jsonl"
+    recipe.write_text(recipe.read_text() + "pad: 4\n")
+    with pytest.raises(SystemExit):
+        ship(pad=4)
+    assert "made by train.py, which ignores the recipe's pad" in capsys.readouterr().err
+    for last, told in ((dict(hours=0.25), {0.25}), (dict(), set())):
+        lines.write_text('{"hours": 0.125}\n' + json.dumps(last) + "\n")
+        folder, results = ship(pad=4, scale=None, script="benchmarks/gpu/run.py")
+        assert {results["training"].get("hours")} - {None} == told
+        assert results["training"]["script"] == "benchmarks/gpu/run.py"
+        card = (folder / "README.md").read_text()
+        assert "| `pad` | 4 |" in card and "`scale`" not in card
 
 
 def test_a_run_in_another_precision_is_shipped_and_its_card_states_it(ship):
@@ -365,6 +411,7 @@ def test_base_weights_come_onto_the_card_with_their_licence(ship, tmp_path, caps
 
 
 def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recipes(ship, checkpoint, tmp_path, capsys):
+    kwargs = torch.load(checkpoint, weights_only=False)["args"].model_kwargs
     phases = {"first": dict(epochs=4, lr=0.5, input_size=[3, 16, 16]), "second": dict(epochs=2, input_size=[3, 24, 24])}
     for name, recipe in phases.items():
         (tmp_path / name).mkdir()
@@ -373,7 +420,7 @@ def test_the_phases_before_the_last_are_on_the_card_if_they_followed_their_recip
     def trained(ended=0, **of_first):
         before = ""
         for name, recipe in phases.items():
-            arguments = dict(recipe, model_kwargs={}, initial_checkpoint=before)
+            arguments = dict(recipe, model_kwargs=dict(kwargs), initial_checkpoint=before)
             if name == "first":
                 arguments.update(of_first)
             (tmp_path / name / "args.yaml").write_text(yaml.safe_dump(arguments))

@@ -49,6 +49,7 @@ _SETTINGS = (
     "mixup_prob",
     "mixup_off_epoch",
     "scale",
+    "pad",
     "aa",
     "cutout",
     "reprob",

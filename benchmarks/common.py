@@ -93,7 +93,9 @@ class Augmentation:
 
 
 class Trainer:
-    """Training of a network batch by batch, with timm's task, SGD as published and one cycle of the learning rate.
+    """Training of a network batch by batch, with timm's task, SGD and one cycle of the learning rate.
+
+    Momentum is Nesterov's, and goes from 0.95 to 0.85 and back as the rate rises and falls (torch's ``OneCycleLR``).
 
     Args:
         model: Name of a model, or a network whose outputs are the exits' logits.

@@ -90,17 +90,32 @@ def check_recipe(folder: Path, recipe: dict, arguments: dict) -> None:
 
 
 def check_alike(folder: Path, arguments: dict, first: Path, of_first: dict) -> None:
-    """Raise ``ValueError`` if two runs differ in more than their setting, also in what their recipe does not name."""
-    ours, theirs = _without_setting(arguments), _without_setting(of_first)
+    """Raise ``ValueError`` if two runs differ in more than their setting, also in what their recipe does not name.
+
+    So do the runs that they went on from, as far as there are records of these.
+    """
+    ours, theirs = (_without_setting(given) | _names_of_weights(given) for given in (arguments, of_first))
     settings = {"kd_model_name", *OF_TEACHER}
     compared = (ours.keys() | theirs.keys()) - MAY_DIFFER - OF_RUN - settings
     differing = sorted(key for key in compared if ours.get(key) != theirs.get(key))
     if differing:
         raise ValueError(f"{folder} differs from {first} in {', '.join(differing)}; they are not comparable.")
+    if arguments.get("initial_checkpoint"):
+        starts = [Path(given["initial_checkpoint"]).parent for given in (arguments, of_first)]
+        before = [start / "args.yaml" for start in starts]
+        if all(file.exists() for file in before):
+            one, other = (yaml.safe_load(file.read_text()) for file in before)
+            check_alike(starts[0], one, starts[1], other)
 
 
 def check_start(folder: Path, arguments: dict) -> None:
-    """Raise ``ValueError`` if a run went on from one of another setting or seed; warn where that is not recorded."""
+    """Raise ``ValueError`` if a run went on from one of another setting or seed; warn where that is not recorded.
+
+    A run that was resumed went on from its own checkpoint.
+    """
+    resumed = arguments.get("resume")
+    if resumed and Path(resumed).resolve().parent.name != folder.resolve().name:
+        raise ValueError(f"{folder} was resumed from {resumed}, which is another run's.")
     start = arguments.get("initial_checkpoint")
     if not start:
         return
@@ -122,6 +137,15 @@ def check_start(folder: Path, arguments: dict) -> None:
 def _without_setting(arguments: dict) -> dict:
     kwargs = {key: value for key, value in arguments.get("model_kwargs", {}).items() if key not in SETTING}
     return dict(arguments, model_kwargs=kwargs)
+
+
+def _names_of_weights(arguments: dict) -> dict:
+    """Whether a run went on from another, and the file of pretrained weights: their folders may differ."""
+    pretrained = Path(arguments.get("pretrained_path") or "").name
+    return {
+        "file of pretrained_path": pretrained,
+        "having an initial_checkpoint": bool(arguments.get("initial_checkpoint")),
+    }
 
 
 def measured(folder: Path, arguments: dict) -> dict:

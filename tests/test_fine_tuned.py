@@ -95,6 +95,30 @@ def test_runs_that_differ_in_what_the_recipe_does_not_name_are_refused():
     fine_tuned.check_alike(Path("b"), taught, Path("a"), RECIPE | dict(experiment="a", kd_temperature=1.0))
 
 
+def test_runs_from_other_weights_are_refused(tmp_path):
+    def start(name, **arguments):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.yaml").write_text(yaml.safe_dump(RECIPE | arguments))
+        return dict(RECIPE, initial_checkpoint=str(tmp_path / name / "last.pth.tar"))
+
+    one, alike, longer = start("one"), start("alike", seed=43), start("longer", epochs=40)
+    fine_tuned.check_alike(Path("b"), alike, Path("a"), one)
+    with pytest.raises(ValueError, match=r"longer differs from .*one in epochs"):
+        fine_tuned.check_alike(Path("b"), longer, Path("a"), one)
+    with pytest.raises(ValueError, match="b differs from a in having an initial_checkpoint"):
+        fine_tuned.check_alike(Path("b"), RECIPE, Path("a"), one)
+    with pytest.raises(ValueError, match="b differs from a in file of pretrained_path"):
+        paths = [RECIPE | dict(pretrained_path=path) for path in ("x/other.pth", "x/base.pth")]
+        fine_tuned.check_alike(Path("b"), paths[0], Path("a"), paths[1])
+    fine_tuned.check_alike(Path("b"), RECIPE | dict(pretrained_path="y/base.pth"), Path("a"), paths[1])
+
+
+def test_a_run_that_was_resumed_from_another_ones_checkpoint_is_refused():
+    fine_tuned.check_start(Path("here/a"), RECIPE | dict(resume="there/a/last.pth.tar"))
+    with pytest.raises(ValueError, match=r"here/a was resumed from there/b/last\.pth\.tar"):
+        fine_tuned.check_start(Path("here/a"), RECIPE | dict(resume="there/b/last.pth.tar"))
+
+
 def test_a_run_that_went_on_from_another_setting_or_seed_is_refused(tmp_path):
     run = RECIPE | dict(model="dfs_vgg7_cifar100", initial_checkpoint=str(tmp_path / "last.pth.tar"))
     for change, refused in ((dict(seed=43), True), (dict(model_kwargs=dict(beta="joint")), True), ({}, False)):

@@ -269,3 +269,12 @@ def test_without_a_partition_second_derivatives_are_there():
     loss = sum(part.square().sum() for part in Partition(4, None)(feature))
     (gradient,) = torch.autograd.grad(loss, feature, create_graph=True)
     assert torch.allclose(torch.autograd.grad(gradient.sum(), feature)[0], torch.full_like(feature, 4.0))
+
+
+@pytest.mark.parametrize(
+    "given", [dict(padding="same"), dict(padding=1, padding_mode="reflect"), dict(groups=3)], ids=str
+)
+def test_a_convolution_that_would_compute_something_else_from_a_partitioned_feature_is_refused(given):
+    onward, _ = Partition(12, 0.5, in_parts=True)(torch.randn(2, 12, 5, 5, requires_grad=True))
+    with pytest.raises(ValueError, match="takes no PartlyTrained input"):
+        PartitionedConv2d(12, 3, 3, **given)(onward)

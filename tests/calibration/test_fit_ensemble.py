@@ -49,6 +49,18 @@ def test_an_exit_that_knows_nothing_gets_no_weight():
     assert weights == fit_ensemble(logits, targets)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.03, 0.1, 30.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_do_not_depend_on_the_scale_of_the_logits(scale, seed):
+    logits, targets = exits_with_own_noise(seed, samples=2000, noise=1.0)
+    for ours, theirs in zip(fit_ensemble(scale * logits, targets), fit_ensemble(logits, targets), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_logits_that_are_all_alike_have_finite_weights():
+    assert fit_ensemble(torch.zeros(2, 4, 3), torch.arange(4) % 3)[1] == pytest.approx((0.5, 0.5))
+
+
 @pytest.mark.parametrize("samples", [1, 2, 20])
 def test_weights_are_finite_where_every_prediction_is_right(samples):
     targets = torch.arange(samples) % 4

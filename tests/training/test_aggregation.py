@@ -203,6 +203,16 @@ def test_checkpointing_changes_no_gradient(make):
     assert_gradients(model, expected)
 
 
+def test_checkpointing_changes_no_statistics(make):
+    """Every exit's backward pass computes the forward pass again, which counts batches for batch norm again."""
+    plain, model = pair(make, "UPGrad")
+    model.set_grad_checkpointing()
+    for network in (plain, model):
+        backward(task_of(network), images(6).double())
+    for (name, one), (_, other) in zip(plain.named_buffers(), model.named_buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
 def test_adapters_share_nothing_with_other_exits(make):
     settings = dict(distill_feature_weight=0.25, loss_weights=[1, 2, 0.5])
     plain, model = pair(make, "UPGrad", **settings)

@@ -169,6 +169,14 @@ def test_the_objective_does_not_change_the_conflict(settings):
     assert torch.allclose(found.cosine, expected.cosine, atol=1e-5, equal_nan=True)
 
 
+def test_of_a_layer_that_an_exit_reaches_in_part_the_rest_counts_as_zero():
+    """CaiT's position embedding is early, its class token late; both are the network's own parameters."""
+    model = timm.create_model("dfs_cait_xxs24_224", num_classes=5, exits=3, beta="joint", img_size=32)
+    found = gradient_conflict(model, [(images(2, size=32), torch.tensor([0, 1]))])
+    own = found.layers.index("backbone")
+    assert found.cosine[own].isfinite().all()
+
+
 def test_adapters_and_checkpointing_do_not_change_the_conflict(make):
     plain = settled(make())
     model = make(distill_feature_weight=0.1)

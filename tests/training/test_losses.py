@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import warnings
 
 import pytest
 import timm
@@ -595,9 +596,39 @@ def test_a_frozen_last_exit_gets_no_new_classifier(make):
     assert model.num_classes == 7
 
 
-def test_a_last_exit_that_is_chained_cannot_be_frozen(make):
-    with pytest.raises(ValueError, match=r"exits are chained \(chain=0.5\).*give chain=0"):
-        make(train_backbone=False, loss_weights=[1, 1, 0], chain=0.5)
+def test_a_frozen_early_exit_gets_no_new_classifier_either(make):
+    model = make(train_backbone=False, loss_weights=[0, 1, 1])
+    with pytest.raises(ValueError, match=r"freeze exit 0, so a new classifier would stay random"):
+        model.reset_classifier(7)
+
+
+@pytest.mark.parametrize(("weights", "frozen"), [([1, 1, 0], 2), ([1, 0, 1], 1), ([1, 0, 0], 1)])
+def test_an_exit_after_a_trained_one_that_is_chained_to_it_cannot_be_frozen(make, weights, frozen):
+    with pytest.raises(ValueError, match=rf"freeze exit {frozen}, but exits are chained \(chain=0.5\).*give chain=0"):
+        make(train_backbone=False, loss_weights=weights, chain=0.5)
+
+
+def test_an_exit_before_all_trained_ones_may_be_frozen_in_a_chain(make):
+    assert make(train_backbone=False, loss_weights=[0, 1, 1], chain=0.5).objective.frozen_exits == {0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(loss_weights=[0, 0, 1], beta=0.5), "exits 0, 1 no weight, and with beta=0.5 no other loss"),
+        (dict(loss_weights=[0, 1, 1], beta=[0.5, 1]), "exit 0 no weight"),
+        (dict(loss_weights=[0, 0, 1], beta="joint"), None),
+        (dict(loss_weights=[0, 1, 1], beta=[1, 0.5]), None),
+        (dict(loss_weights=[1, 1, 1], beta=0.5), None),
+        (dict(loss_weights=[1, 1, 0], beta=0.5), None),
+        (dict(loss_weights=[0, 1, 1], beta=0.5, train_backbone=False), None),
+    ],
+)
+def test_channels_that_no_loss_trains_are_warned_of(make, settings, told):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(**settings)
+    assert [told in str(warning.message) for warning in caught] == [True] * (told is not None)
 
 
 def test_adapters_are_trained_whatever_is_frozen(make):

@@ -117,6 +117,15 @@ CHANGED_SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("settings", [dict(teacher_loss="dkd"), dict(teacher_size=64)], ids=str)
+def test_settings_of_a_teacher_that_come_later_are_refused_too_where_there_is_none(settings):
+    model = tiny_vgg()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    model.train_for(timm_dfs.Objective(**settings))
+    with pytest.raises(ValueError, match="and there is no teacher"):
+        task(images(size=32), LABELS)
+
+
 @pytest.mark.parametrize("settings", CHANGED_SETTINGS, ids=str)
 @pytest.mark.parametrize("taught", [False, True], ids=["alone", "taught"])
 def test_a_task_follows_settings_that_change_after_it_was_made(taught, settings):

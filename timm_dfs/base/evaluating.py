@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .caches import forget
 from .model import MultiExitModel
 
 BATCH = 7
@@ -49,6 +50,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             try:
                 yield
             finally:
+                forget(model)  # in training, weights change
                 for module in training:
                     module.training = True
             return

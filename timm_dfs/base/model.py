@@ -11,6 +11,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import nn
 
 from .arguments import check_names
+from .caches import forget
 from .chain import ChainedVisitor, check_chain, compare_chain, note_chain
 from .equilibrium import balance
 from .heads import Classifiers, ExitHead
@@ -124,6 +125,7 @@ class MultiExitModel(nn.Module):
         self.register_state_dict_post_hook(note_chain)
         self.register_load_state_dict_pre_hook(compare_betas)
         self.register_state_dict_post_hook(note_betas)
+        self.register_load_state_dict_post_hook(_forget_the_weights_before)
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
         """Set the heads, shallow to deep, and a partition for each early exit, of the sizes in ``feature_info``."""
@@ -141,16 +143,12 @@ class MultiExitModel(nn.Module):
         """Prepare the model for training with ``objective``: freeze the backbone, create adapters, balance gradients.
 
         Raises:
-            ValueError: If the objective does not fit the number of exits, or freezes a last exit that is chained to
-                exits that are trained.
+            ValueError: If the objective does not fit the number of exits, or freezes an exit that is chained to exits
+                that are trained.
         """
         objective.check_exits(self.num_exits)
-        if objective.freezes_last_exit and self.is_chained:
-            raise ValueError(
-                f"These settings freeze the last exit, but exits are chained (chain={self.chain:g}), so that its "
-                "logits change with those of the exits before it; give chain=0, or the last exit a weight in "
-                "loss_weights."
-            )
+        self._check_chained_exits(objective)
+        self._warn_of_untrained_channels(objective)
         before, self.objective = self.objective, objective
         if objective.train_backbone != before.train_backbone or objective.frozen_exits != before.frozen_exits:
             for parameter in self.parameters():
@@ -162,6 +160,32 @@ class MultiExitModel(nn.Module):
         if self.adapters is not None:
             self.adapters.requires_grad_(True)
         self.train(self.training)
+
+    def _check_chained_exits(self, objective: Objective) -> None:
+        trained = set(range(self.num_exits)) - objective.frozen_exits
+        changing = [k for k in sorted(objective.frozen_exits) if k > min(trained)]
+        if changing and self.is_chained:
+            raise ValueError(
+                f"These settings freeze exit {changing[0]}, but exits are chained (chain={self.chain:g}), so that its "
+                "logits change with those of the exits before it; give chain=0, or that exit a weight in loss_weights."
+            )
+
+    def _warn_of_untrained_channels(self, objective: Objective) -> None:
+        if not objective.train_backbone or objective.loss_weights is None:
+            return
+        weights = objective.loss_weights[: len(self.partitions)]
+        untrained = [
+            str(k)
+            for k, (weight, partition) in enumerate(zip(weights, self.partitions))
+            if weight == 0 and partition.shared < partition.channels
+        ]
+        if untrained:
+            warnings.warn(
+                f"loss_weights gives {'exits' if untrained[1:] else 'exit'} {', '.join(untrained)} no weight, and with "
+                f"beta={self.beta} no other loss trains the channels that belong to an exit, so that they stay as they "
+                "are. Give beta='joint', or a sequence that is 1 there.",
+                stacklevel=3,
+            )
 
     def _fit_adapters(self) -> None:
         """Create the adapters that the objective needs; existing ones of the right sizes are kept."""
@@ -411,9 +435,9 @@ class MultiExitModel(nn.Module):
         So are the names of the old classes, without one.
 
         Raises:
-            ValueError: If the last exit is frozen: nothing would train its new classifier.
+            ValueError: If an exit is frozen: nothing would train its new classifier.
         """
-        self._check_last_exit_is_trained()
+        self._check_every_exit_is_trained()
         reference = next(self.parameters())
         for head in self.heads:
             head.reset(num_classes, global_pool, device=reference.device, dtype=reference.dtype)
@@ -426,11 +450,13 @@ class MultiExitModel(nn.Module):
         self._fit_adapters()
         self.drop_presets(self.presets, "the classifiers they were fitted to were replaced")
 
-    def _check_last_exit_is_trained(self) -> None:
-        if self.objective.freezes_last_exit:
+    def _check_every_exit_is_trained(self) -> None:
+        if frozen := sorted(self.objective.frozen_exits):
+            last = frozen[-1] == self.num_exits - 1
             raise ValueError(
-                "The settings of training freeze the last exit, so a new classifier would stay random; first call "
-                "train_for(timm_dfs.Objective()), or another in which the last exit's loss has a weight."
+                f"The settings of training freeze {'the last exit' if last else f'exit {frozen[0]}'}, so a new "
+                "classifier would stay random; first call train_for(timm_dfs.Objective()), or another in which every "
+                "exit's loss has a weight."
             )
 
     def drop_presets(self, names: Collection[str], reason: str) -> None:
@@ -453,6 +479,10 @@ class MultiExitModel(nn.Module):
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
+    def recomputed_buffers(self) -> list[torch.Tensor]:
+        """Buffers that a backward pass may change: gradient checkpointing updates the statistics of norms again."""
+        return list(self.buffers()) if self.grad_checkpointing else []
+
     def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Call one of the backbone's modules, with gradient checkpointing where it is enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -468,6 +498,10 @@ def refuse_reentrant() -> None:
             "timm is set to reentrant gradient checkpointing, which drops the gradients of layers whose inputs need "
             "none; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
         )
+
+
+def _forget_the_weights_before(model: MultiExitModel, _: Any) -> None:
+    forget(model)
 
 
 def _without_presets_of_other_weights(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:

@@ -176,12 +176,17 @@ class PartitionedConv2d(nn.Conv2d):
     """A convolution that computes its input's gradient only for the channels that need it.
 
     It has the weight, state dict and values of ``nn.Conv2d``. Only the backward pass for a :class:`PartlyTrained` input
-    differs. Groups are not supported.
+    differs. Groups are not supported, and for such an input neither padding by name nor with other values than zeros.
     """
 
     def forward(self, x: Onward) -> torch.Tensor:
         if not isinstance(x, PartlyTrained):
             return super().forward(x)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or self.groups != 1:
+            raise ValueError(
+                f"A PartitionedConv2d with padding={self.padding!r}, padding_mode={self.padding_mode!r} and "
+                f"groups={self.groups} takes no PartlyTrained input; give numbers, 'zeros' and 1."
+            )
         tensors: tuple[torch.Tensor | None, ...] = (x.trained, x.values, self.weight, self.bias)
         device = self.weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):

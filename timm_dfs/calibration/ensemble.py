@@ -59,6 +59,7 @@ def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Col
 def _fit(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
     """Weights (J,) of sum 1 of exits' logits (J, N, C)."""
     logits, targets = logits.to(torch.float32, copy=True), targets.to(torch.int64, copy=True)
+    logits /= logits.std().clamp(min=torch.finfo().tiny)  # the search starts at a scale of 1
     start = logits.new_full((len(logits),), 1 / len(logits)).log()
     logarithms = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([logarithms], max_iter=STEPS, line_search_fn="strong_wolfe")

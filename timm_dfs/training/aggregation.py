@@ -47,6 +47,8 @@ class AggregatedExitsLoss(ExitsLoss):
         objective: Settings; ``objective.aggregator`` names the aggregator.
         parameters: Function that gives the model's parameters, asked at each step: they may be replaced.
         num_exits: Number of exits of the model.
+        recomputed: Function that gives the buffers that a backward pass may change; the backward passes here, one for
+            each exit, leave them as they were.
 
     Raises:
         ModuleNotFoundError: If torchjd is not installed.
@@ -60,9 +62,10 @@ class AggregatedExitsLoss(ExitsLoss):
         objective: Objective,
         parameters: Callable[[], Iterable[nn.Parameter]],
         num_exits: int,
+        recomputed: Callable[[], Iterable[torch.Tensor]] = tuple,
     ):
         super().__init__(criterion, objective)
-        self._of_model = parameters
+        self._of_model, self._recomputed = parameters, recomputed
         weights = objective.loss_weights or [1.0] * num_exits
         self._counting = [k for k, weight in enumerate(weights) if weight > 0]  # exits of weight 0 are left out
         self._aggregate = make_aggregator(str(objective.aggregator), len(self._counting))
@@ -81,7 +84,11 @@ class AggregatedExitsLoss(ExitsLoss):
             return super().forward(outputs, target, teacher)
         losses, trained = self.of_each_exit(outputs, target, teacher), self._trained
         value = torch.stack(losses).sum().detach()
-        gradients, earlier = self._gradients(losses, trained), [p for p in trained if _has_gradient(p)]
+        earlier = [parameter for parameter in trained if _has_gradient(parameter)]
+        before = [(buffer, buffer.clone()) for buffer in self._recomputed()]
+        gradients = self._gradients(losses, trained)
+        for buffer, unchanged in before:
+            buffer.copy_(unchanged)
         return _WithGradient.apply(value, gradients, earlier, self.objective.aggregator, *trained)
 
     def _gradients(self, losses: Sequence[torch.Tensor], trained: list[nn.Parameter]) -> list[torch.Tensor | None]:

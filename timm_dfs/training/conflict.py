@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..base.caches import forget
 from ..base.evaluating import as_images, evaluating, require_exits
 from ..base.model import MultiExitModel
 
@@ -65,12 +66,12 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError("All parameters are frozen, so there are no gradients to compare; unfreeze the model.")
-    layer_of = [name.rpartition(".")[0] for name, _ in named]
-    layers = list(dict.fromkeys(layer_of))
+    layers = list(dict.fromkeys(_layer(name) for name, _ in named))
     batches = []
     with evaluating(model), torch.enable_grad():
         for x, target in loader:
             x = as_images(model, x)
+            forget(model)  # what layers keep is part of one batch's graph, or of none
             logits = model.forward_exits(x)
             gradients: list[dict[str, torch.Tensor]] = []
             for k, exit_logits in enumerate(logits):
@@ -81,8 +82,9 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
                 raw = torch.autograd.grad(
                     loss, [p for _, p in named], retain_graph=k < model.num_exits - 1, allow_unused=True
                 )
-                gradients.append(_by_layer(raw, layer_of))
+                gradients.append(_by_layer(raw, named))
             batches.append(torch.stack([_cosines([gradient.get(layer) for gradient in gradients]) for layer in layers]))
+        forget(model)
     if not batches:
         raise ValueError("The loader has no batches; check the data set and its split.")
     cosine = torch.stack(batches)
@@ -101,17 +103,26 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
     )
 
 
-def _by_layer(gradients: Sequence[torch.Tensor | None], layer_of: Sequence[str]) -> dict[str, torch.Tensor]:
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _by_layer(
+    gradients: Sequence[torch.Tensor | None], named: Sequence[tuple[str, torch.nn.Parameter]]
+) -> dict[str, torch.Tensor]:
     """The gradient of each layer as one vector, for the layers that the loss reaches.
 
-    Layers whose gradient is all zero, which a stop-gradient (referencing) causes, are left out too.
+    Layers whose gradient is all zero, which a stop-gradient (referencing) causes, are left out too. Of a layer that the
+    loss reaches in part, the gradient of the rest is zero.
     """
-    parts: dict[str, list[torch.Tensor]] = {}
-    for layer, gradient in zip(layer_of, gradients):
-        if gradient is not None:
-            if not gradient.isfinite().all():
+    parts: dict[str, list[torch.Tensor]] = {
+        _layer(name): [] for (name, _), gradient in zip(named, gradients) if gradient is not None
+    }
+    for (name, parameter), gradient in zip(named, gradients):
+        if (layer := _layer(name)) in parts:
+            if gradient is not None and not gradient.isfinite().all():
                 raise ValueError(f"The gradient of {layer} is not finite; check the weights and the images.")
-            parts.setdefault(layer, []).append(gradient.flatten())
+            parts[layer].append((torch.zeros_like(parameter) if gradient is None else gradient).flatten())
     vectors = {layer: torch.cat(part) for layer, part in parts.items()}
     return {layer: vector for layer, vector in vectors.items() if vector.any()}
 

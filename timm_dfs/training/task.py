@@ -63,7 +63,8 @@ def exits_loss(model: MultiExitModel, criterion: Criterion) -> ExitsLoss:
         criterion: Loss of one exit.
     """
     if model.objective.aggregator:
-        return AggregatedExitsLoss(criterion, model.objective, model.parameters, model.num_exits)
+        own = model.parameters, model.num_exits, model.recomputed_buffers
+        return AggregatedExitsLoss(criterion, model.objective, *own)
     return ExitsLoss(criterion, model.objective)
 
 
@@ -77,16 +78,18 @@ def _training_every_exit(original: Callable) -> Callable:
     return __init__
 
 
-def _follow(task: TrainingTask, model: MultiExitModel) -> None:
+def _follow(task: TrainingTask, model: MultiExitModel, taught: bool) -> None:
     """Make a task's loss that of the model's settings, which ``train_for`` may have changed since."""
     if isinstance(task.criterion, ExitsLoss) and task.criterion.objective is not model.objective:
+        if not taught:
+            check_no_teacher_is_set(model.objective)
         task.criterion = exits_loss(model, task.criterion.criterion)
 
 
 def _following_the_settings(original: Callable) -> Callable:
     def forward(self, input, target):
         if (model := _with_exits(self.trainable_module)) is not None:
-            _follow(self, model)
+            _follow(self, model, taught=False)
         return original(self, input, target)
 
     return forward
@@ -106,7 +109,7 @@ def _teaching_every_exit(original: Callable) -> Callable:
     def forward(self, input, target):
         if (model := _with_exits(self.trainable_module)) is None:
             return original(self, input, target)
-        _follow(self, model)
+        _follow(self, model, taught=True)
         objective = model.objective
         with torch.inference_mode():
             seen = seen_by_teacher(input, objective.teacher_size, self.teacher.model)

@@ -315,7 +315,7 @@ class MultiExit(MultiExitModel):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         check_num_classes(num_classes)
-        self._check_last_exit_is_trained()
+        self._check_every_exit_is_trained()
         with self._keeping_changes():
             self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
         super().reset_classifier(num_classes)  # without the pooling, which is the backbone's

@@ -1,6 +1,7 @@
 """Native networks work with features_only and torch.jit.trace, as timm's own networks do."""
 
 import pytest
+import timm
 import torch
 from helpers import TINY, images, settled
 
@@ -34,3 +35,10 @@ def test_features_only_gives_the_same_maps_in_training_as_in_eval_mode(make):
     network.training = network.body.training = True  # the layers' statistics stay
     assert all(torch.equal(ours, its) for ours, its in zip(network(images()), expected, strict=True))
     assert [feature.shape[1] for feature in expected] == network.feature_info.channels()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("name", ["dfs_vgg7_cifar100", "dfs_test_resnet"])
+def test_torchscript_is_refused_with_what_to_use_instead(name):
+    with pytest.raises(ValueError, match=r"torch\.jit\.script.*does not support.*; use torch\.compile"):
+        torch.jit.script(timm.create_model(name, num_classes=5))

@@ -246,6 +246,21 @@ def test_a_mistake_gets_one_line_that_names_it(args, words):
     assert_one_line(run(*args), *words)
 
 
+def test_none_switches_an_exit_off(checkpoint, picture):
+    args = "predict", "dfs_vgg7_cifar100", picture, "--checkpoint", checkpoint, "--thresholds"
+    (image,) = run_json(*args, "none, None,inf,0,none,0")["images"]
+    assert image["exit"] == 3
+
+
+def test_images_that_predict_leaves_out_of_a_folder_are_told(checkpoint, picture, tmp_path):
+    args = "predict", "dfs_vgg7_cifar100", tmp_path, "--checkpoint", checkpoint, "--thresholds", VGG_THRESHOLDS
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.webp")
+    assert_one_line(run(*args), "no image of the kinds .png, .jpg, .jpeg in", "name the files")
+    shutil.copy(picture, tmp_path)
+    with pytest.warns(UserWarning, match=r"left out \(1 \.webp\).*Name the others"):
+        run(*args)
+
+
 @pytest.mark.parametrize("thresholds", ["0.5", "0.5,x,0.5,0.5,0.5,0", "nan,0,0,0,0,0", ""])
 def test_bad_thresholds_are_refused(thresholds, checkpoint, picture):
     result = run("predict", "dfs_vgg7_cifar100", picture, "--checkpoint", checkpoint, "--thresholds", thresholds)
@@ -499,6 +514,7 @@ def test_calibrate_bounds_the_drop_on_the_other_half(training_run, held_out):
         (("--split", "test"), ("test", "held out of training")),
         (("--split", "test[:4]"), ("test[:4]",)),
         (("--budget", 1e-9), ("budget", "first exit")),
+        (("--budget=-2",), ("budget of -2 multiply-adds",)),
         (("--budget", 1e12), ("1e+12", "last")),
         (("--latency", "soon"), ["--latency", "soon", "20ms"]),
         (("--p95", "0.000001ms"), ["out of range"]),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 from timm_dfs.cli import app
 from timm_dfs.cli.base import create, repeat_options
 from timm_dfs.cli.source import DataOptions, data_of
+from timm_dfs.data.datasets import follow_run
+from timm_dfs.training.run import read_run
 
 TINY = dict(depths=(1, 2), widths=(6, 8))
 
@@ -147,6 +150,24 @@ def test_a_models_folder_is_a_model_and_another_is_not(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="calibrate"):
         create(str(tmp_path / "empty"), pretrained=True)
+
+
+def test_a_name_that_is_cut_short_gets_those_that_begin_with_it():
+    assert "similar names are dfs_msdnet_cifar100, dfs_msdnet_imagenet;" in run("info", "dfs_msdnet").output.replace(
+        "\n", " "
+    )
+
+
+def test_the_size_that_timm_would_test_the_starting_weights_at_is_dropped(checkpoint):
+    for given, kept in ((dict(img_size=64), False), (dict(crop_pct=0.5), False), (dict(mean=[0.5, 0.5, 0.5]), True)):
+        model = tiny_vgg()
+        model.pretrained_cfg.update(test_input_size=(3, 288, 288), test_crop_pct=1.0)
+        DataOptions(**given).prepare(model)
+        assert ("test_input_size" in model.pretrained_cfg) == ("test_crop_pct" in model.pretrained_cfg) == kept
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=3, **TINY)
+    model.pretrained_cfg.update(test_input_size=(3, 288, 288))
+    follow_run(model, read_run(Path(checkpoint)))
+    assert "test_input_size" not in model.pretrained_cfg
 
 
 def test_a_misspelt_name_gets_similar_ones():

@@ -191,6 +191,31 @@ def test_names_follow_the_folders_and_the_class_map(folder, tmp_path):
     assert class_names({"a": 0, "b": 2}) is None and class_names(None) is None
 
 
+def test_a_root_that_holds_splits_is_none_itself(folder):
+    with pytest.raises(ValueError, match=r"holds splits \(train, validation\), which the split '\.' would mix"):
+        open_dataset("", folder, ".")
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    write_folder(tmp_path, ("here",), classes=("train", "test", "truck"))
+    assert len(open_dataset("", str(tmp_path / "here"), ".")) == 12
+
+
+def test_images_of_other_kinds_are_left_out_with_a_warning(tmp_path):
+    root = write_folder(tmp_path, ("test",))
+    for ending in ("webp", "bmp", "bmp2"):  # the last is no image's
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / "ant" / f"other.{ending}", ending.removesuffix("2"))
+    (tmp_path / "test" / "ant" / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"left out \(1 \.bmp, 1 \.webp\): \.png, \.jpg, \.jpeg are read"):
+        assert len(open_dataset("", root, "test")) == 20
+
+
+def test_a_folder_without_images_is_not_told_of_columns(tmp_path):
+    (tmp_path / "test" / "ant").mkdir(parents=True)
+    with pytest.raises(ValueError, match="split 'test' \\(RuntimeError"):
+        dataset_loader(tiny_vgg(), "", str(tmp_path), "test", workers=0)
+
+
 def test_a_split_that_lacks_classes_keeps_the_others_numbers(tmp_path):
     root = write_folder(tmp_path, ["train"])
     write_folder(tmp_path, ["test"], classes=("bee", "eel"), images=1)

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 register_notrace_module(Partition)
 register_notrace_module(PartitionedConv2d)
 
+NO_TORCHSCRIPT = (
+    "TorchScript (torch.jit.script, scriptable=True, train.py's --torchscript) does not support networks with exits; "
+    "use torch.compile (--torchcompile) or torch.export."
+)
+
 Reader = Callable[[int, torch.Tensor], torch.Tensor]
 """Called as ``read(exit_index, feature)`` with an exit's feature; returns its logits."""
 
@@ -98,10 +103,7 @@ class MultiExitModel(nn.Module):
     ):
         super().__init__()
         if is_scriptable():
-            raise ValueError(
-                "TorchScript (scriptable=True, train.py's --torchscript) does not support networks with exits; use "
-                "torch.compile (--torchcompile) or torch.export."
-            )
+            raise ValueError(NO_TORCHSCRIPT)
         self.beta = check_betas(beta)
         check_referencing(referencing)
         self.chain = check_chain(chain)
@@ -126,6 +128,9 @@ class MultiExitModel(nn.Module):
         self.register_load_state_dict_pre_hook(compare_betas)
         self.register_state_dict_post_hook(note_betas)
         self.register_load_state_dict_post_hook(_forget_the_weights_before)
+
+    def __prepare_scriptable__(self) -> None:
+        raise ValueError(NO_TORCHSCRIPT)
 
     def attach_exits(self, heads: list[ExitHead]) -> None:
         """Set the heads, shallow to deep, and a partition for each early exit, of the sizes in ``feature_info``."""

@@ -140,7 +140,9 @@ def create(
     name = as_source(name)
     ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
     if not ours:
-        near = difflib.get_close_matches(name, timm.list_models("dfs_*"), n=3)
+        known = timm.list_models("dfs_*")
+        longer = [other for other in known if other.startswith(name)]
+        near = longer[:3] or difflib.get_close_matches(name, known, n=3)
         similar = f"similar names are {', '.join(near)}; " if near else ""
         raise ValueError(f"There is no model {name!r}; {similar}'timm-dfs list' shows those there are.")
     overlay = dict(file=str(checkpoint)) if checkpoint else None
@@ -257,10 +259,11 @@ def choose_policy(model: MultiExitModel, preset: str | None, thresholds: str | N
         if preset is not None:
             raise ValueError("Both --preset and --thresholds are given; give one of them.")
         try:
-            values = [float(value) for value in thresholds.split(",")]
+            values = [None if value.strip().lower() == "none" else float(value) for value in thresholds.split(",")]
         except ValueError:
             raise ValueError(
-                f"--thresholds is {thresholds!r}; give numbers with commas between, one per exit."
+                f"--thresholds is {thresholds!r}; give numbers with commas between, one per exit, or none for an exit "
+                "that is switched off."
             ) from None
         return resolve_policy(model, ExitPolicy(values))
     if preset is None and DEFAULT_PRESET not in model.presets:

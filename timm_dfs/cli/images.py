@@ -16,7 +16,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from .. import demo
 from ..base.evaluating import evaluating
 from ..base.model import MultiExitModel
-from ..data.images import labels_of, open_image, prepare
+from ..data.images import labels_of, open_image, prepare, warn_of_other_images
 from ..evaluation.flops import Costs
 from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
@@ -109,12 +109,17 @@ def find_images(places: Sequence[str]) -> list[Path]:
         if Path(place).is_dir():
             inside = (path for path in Path(place).rglob("*") if path.suffix.lower() in get_img_extensions(as_set=True))
             found = sorted(path for path in inside if path.is_file())
+            if found:
+                warn_of_other_images(place, "Name the others one by one, or by a pattern.")
         elif not Path(place).exists() and glob.has_magic(place):
             found = sorted(map(Path, glob.glob(place, recursive=True)))
         else:
             found = [Path(place)]
         if not found:
-            raise ValueError(f"There is no image in {place}; check the path.")
+            kinds = f" of the kinds {', '.join(get_img_extensions())}" if Path(place).is_dir() else ""
+            raise ValueError(
+                f"There is no image{kinds} in {place}; check the path{', or name the files' if kinds else ''}."
+            )
         files += found
     return files
 

@@ -62,7 +62,7 @@ def check_points(
     """
     if by is not None:
         ExitPolicy([0.0], by)
-    budgets = [value * costs.of_last_exit_alone() if value <= 1 else value for value in budget or ()]
+    budgets = [value * costs.of_last_exit_alone() if 0 < value <= 1 else value for value in budget or ()]
     for value in budgets:
         check_budget(value, costs.of_exits(lazy=True))
     for drop in drops or ():

@@ -16,7 +16,7 @@ from timm.data import resolve_data_config, str_to_interp_mode
 
 from ..base.model import MultiExitModel
 from ..data.datasets import training_classes
-from ..data.images import adapted
+from ..data.images import adapted, drop_test_preparation
 from ..data.shards import WHOLE, Shard, launched_processes
 from ..data.splits import overlap, read_by_train, standard
 from ..training.run import read_run
@@ -106,6 +106,8 @@ class DataOptions:
         if self.input_size is not None and self.input_size[0] != model.in_chans:
             raise ValueError(f"--input-size is {self.input_size}; the model takes {model.in_chans} channels.")
         model.pretrained_cfg.update(adapted(config, model.in_chans))
+        if self.crop_pct is not None or self.input_size is not None or self.img_size is not None:
+            drop_test_preparation(model.pretrained_cfg)
         if self.input_size is not None or self.img_size is not None:
             check_size(model)
 

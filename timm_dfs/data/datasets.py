@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from ..base.model import MultiExitModel
 from ..training.run import TrainingRun
-from .images import adapted, data_config, given_labels
+from .images import adapted, data_config, drop_test_preparation, given_labels, warn_of_other_images
 from .shards import WHOLE, Shard
 from .splits import FOLDERS, TORCHVISION, read_by_train
 
@@ -83,6 +83,7 @@ def open_dataset(
     extra: dict[str, Any] = dict(input_key=input_key, target_key=target_key)
     if not dataset:
         root, search = _folder(root, name), False
+        warn_of_other_images(root, "Convert them to PNG or JPEG; timm, with train.py, leaves them out, too.")
     else:
         search = True
         if kind.lower() == "torch":
@@ -143,6 +144,10 @@ def _folder(root: str | None, split: str) -> str:
     if root is None or not Path(root).exists():
         raise ValueError(f"The root of the data set is {root}, which does not exist; give --data-dir.")
     if split == ".":
+        if splits := _splits_inside(root):
+            raise ValueError(
+                f"{root} holds splits ({', '.join(splits)}), which the split '.' would mix; give one of their names."
+            )
         return root
     folder = _search_split(root, split) if os.path.isdir(root) else root
     if not split or folder == root:
@@ -152,6 +157,13 @@ def _folder(root: str | None, split: str) -> str:
             f"{', …' if len(there) > 20 else ''}. If it holds the class folders itself, give the split '.'."
         )
     return folder
+
+
+def _splits_inside(root: str) -> list[str]:
+    """Folders in a folder that have a split's name and hold folders themselves; a class may have such a name, too."""
+    names = {*_TRAIN_SYNONYM, *_EVAL_SYNONYM, "test"}
+    inside = [entry for entry in Path(root).iterdir() if entry.name in names] if os.path.isdir(root) else []
+    return sorted(entry.name for entry in inside if entry.is_dir() and any(part.is_dir() for part in entry.iterdir()))
 
 
 def _check_torchvision_split(name: str, root: str | None, split: str) -> None:
@@ -203,6 +215,7 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
     config = adapted(resolve_data_config(run.arguments, model=model), model.in_chans)
     config["crop_mode"] = "center"  # train.py passes no other to its validation
     model.pretrained_cfg.update(config)
+    drop_test_preparation(model.pretrained_cfg)
     names = class_names(training_classes(run.arguments))
     model.pretrained_cfg["label_names"] = names if names and len(names) == model.num_classes else None
 
@@ -328,9 +341,10 @@ def dataset_loader(
         else:
             data[0]
     except (*_READ_ERRORS, StopIteration) as error:
+        columns = f", columns {input_key!r} and {target_key!r}" if dataset else ""
         raise ValueError(
-            f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}, columns "
-            f"{input_key!r} and {target_key!r} ({type(error).__name__}: {error}): give those it has."
+            f"Cannot read an image and its label from data set {dataset!r}, root {root!r}, split {split!r}{columns} "
+            f"({type(error).__name__}: {error}): give those it has."
         ) from error
     where = f"{dataset or root}, split {split}"
     if not by_name:

@@ -1,11 +1,15 @@
 """Images: from files to batches, prepared as a model's pretrained config says, and back to pictures."""
 
+import os
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
+from timm.data.readers.img_extensions import get_img_extensions
 
 from ..base.model import MultiExitModel
 
@@ -63,6 +67,31 @@ def adapted(config: dict, channels: int) -> dict:
         for key in ("mean", "std")
     }
     return dict(config, input_size=(channels, *config["input_size"][1:]), **values)
+
+
+def drop_test_preparation(config: dict) -> None:
+    """Remove the size and crop that timm's ``validate.py`` would take instead of ``config``'s own.
+
+    They are those of the weights that training started from.
+    """
+    for key in ("test_input_size", "test_crop_pct"):
+        config.pop(key, None)
+
+
+def warn_of_other_images(folder: str | Path, remedy: str) -> None:
+    """Warn of images in a folder, or in folders in it, that timm does not take for images, by their names."""
+    Image.init()
+    readable = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    found = Counter(
+        ending
+        for _, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if (ending := os.path.splitext(name)[1].lower()) in readable and ending not in get_img_extensions(as_set=True)
+    )
+    if found:
+        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(found.items()))
+        taken = ", ".join(get_img_extensions())
+        warnings.warn(f"{folder} has files that are left out ({counts}): {taken} are read. {remedy}", stacklevel=3)
 
 
 def data_config(model: MultiExitModel) -> dict:

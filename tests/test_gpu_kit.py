@@ -19,7 +19,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
@@ -239,6 +239,53 @@ def test_a_captured_step_never_asks_the_device(data, tmp_path, kwargs):
         kit.first.loss.item()
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A network in a folder, by the name that train.py takes for a teacher."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(1)
+    model = timm.create_model("dfs_vgg7_cifar100", depths=(1, 1), widths=(4, 6), num_classes=CLASSES)
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+def test_a_captured_step_with_a_teacher_never_asks_the_device(data, tmp_path, teacher):
+    runs = dict(taught=dict(NETWORK, beta="joint", teacher_size=48))
+    kit = training(data, tmp_path, runs, kd_model_name=teacher, kd_temperature=1.0)
+    x, target = next(kit.batches.epoch(0))
+    for _ in range(kit_steps.EAGER_STEPS):
+        kit.steps(x, target)
+    with Graphable("cpu") as watched:
+        kit.steps._update_all()
+    assert watched.operators > 500
+
+
+def test_a_run_with_a_teacher_is_timms_task_and_goes_on(data, tmp_path, teacher):
+    given = dict(
+        kd_model_name=teacher,
+        kd_temperature=1.0,
+        distill_loss_weight=0.9,
+        task_loss_weight=0.1,
+        drop=0.0,
+        pad=0,
+        hflip=0.0,
+    )
+    kit = training(data, tmp_path, **given)
+    ours = kit.first
+    model = timm.create_model("dfs_msdnet_cifar100", num_classes=CLASSES, drop_rate=0.0, **NETWORK).train()
+    model.load_state_dict(ours.model.state_dict())
+    weights = dict(distill_loss_weight=0.9, task_loss_weight=0.1, temperature=1.0)
+    task = LogitDistillationTask(model, teacher, LabelSmoothingCrossEntropy(0.1), verbose=False, **weights)
+    images, target = next(kit.batches.epoch(0))
+    kit.steps(images, target)
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    torch.testing.assert_close(ours.loss, task((images.float() - mean) / std, target)["loss"].detach())
+
+    assert not training(data, tmp_path, **given).to_the_end(minutes=0)
+    assert not any("teacher" in key for key in last(tmp_path / "dfs")["state_dict"])
+    assert training(data, tmp_path, **given).to_the_end()
+
+
 @pytest.mark.skipif(
     torch.__version__ < TorchVersion("2.11"),
     reason="fake CUDA tensors need a driver before torch 2.11 (seen with 2.9.1)",
@@ -440,7 +487,7 @@ ROWS = {
 @pytest.mark.parametrize("file", sorted(KIT.glob("recipes/*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_read(file):
     args = recipe.read_recipe(file, dict(model_kwargs=dict(beta="joint")))
-    assert args.model_kwargs == dict(beta="joint") and args.batch_size == 500 and args.epochs in (240, 300)
+    assert args.model_kwargs["beta"] == "joint" and args.batch_size == 500 and args.epochs in (240, 300)
     assert (host_augment.host_transform(args, MEAN, 32) is None) == (file.stem == "plain")
 
 
@@ -450,6 +497,7 @@ REFUSED = {
     "an aggregator": (dict(model_kwargs=dict(aggregator="UPGrad")), "'UPGrad'"),
     "erasing with noise": (dict(reprob=0.1, remode="pixel"), "'pixel'"),
     "float16": (dict(amp=True), "'float16'"),
+    "a teacher of features": (dict(kd_distill_type="feature"), "'feature'"),
     "no rate": (dict(lr=None), "lr None"),
     "timm's crop beside ours": (dict(pad=4, color_jitter=0.4), "color_jitter would be ignored"),
 }

@@ -10,7 +10,12 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.task import (
+    ClassificationTask,
+    LogitDistillationTask,
+    load_task_ema_checkpoint,
+    resume_task_checkpoint,
+)
 from timm.utils import CheckpointSaver, random_seed, unwrap_model
 from torch import nn
 
@@ -55,7 +60,7 @@ class Learner:
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
         criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-        self.task = ClassificationTask(self.model, criterion, device=device, verbose=False)
+        self.task = self._task(criterion)
         self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(args), **args.opt_kwargs)
         last = folder / "last.pth.tar"
         self.epoch = self._resume(last) if last.is_file() else 0
@@ -91,6 +96,31 @@ class Learner:
         self._tell_rates()
         self.loss = torch.zeros((), device=device)
         self.right = torch.zeros(self.model.num_exits, device=device)
+
+    def _task(self, criterion: nn.Module) -> ClassificationTask | LogitDistillationTask:
+        args = self.args
+        if args.kd_model_name is None:
+            return ClassificationTask(self.model, criterion, device=self.device, verbose=False)
+        task = LogitDistillationTask(
+            self.model,
+            args.kd_model_name,
+            criterion,
+            loss_type=args.kd_loss_type,
+            distill_loss_weight=args.distill_loss_weight,
+            task_loss_weight=args.task_loss_weight,
+            temperature=args.kd_temperature,
+            device=self.device,
+            verbose=False,
+        )
+        teacher = task.teacher
+
+        def normalised(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+            return (x * std + mean - teacher.mean_kd) / teacher.std_kd
+
+        teacher.normalize_input = (
+            normalised  # timm's asks the device first whether they are equal, which no graph holds
+        )
+        return task
 
     def _resume(self, last: Path) -> int:
         before, now = read_run(last).arguments, vars(self.args)

@@ -45,6 +45,12 @@ DEFAULTS: dict[str, Any] = dict(
     decay_rate=0.1,
     cooldown_epochs=0,
     smoothing=0.1,
+    kd_model_name=None,
+    kd_distill_type="logit",
+    kd_loss_type="kl",
+    kd_temperature=4.0,
+    distill_loss_weight=None,
+    task_loss_weight=None,
     train_crop_mode=None,
     scale=[0.08, 1.0],
     ratio=[3 / 4, 4 / 3],
@@ -116,6 +122,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"aggregator is {args.model_kwargs['aggregator']!r}, which waits for the device; use train.py."
         )
+    if args.kd_distill_type != "logit":
+        raise ValueError(f"kd_distill_type is {args.kd_distill_type!r}; a teacher of every exit gives its 'logit'.")
     if args.reprob and args.remode != "const":
         raise ValueError(f"remode is {args.remode!r}; this loop erases with 'const' only.")
     if args.amp and args.amp_dtype != "bfloat16":

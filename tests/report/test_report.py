@@ -567,8 +567,12 @@ def test_a_stream_is_refused_before_it_is_read(arguments):
     assert result.exit_code == 2 and "wds/shards is a stream" in result.stderr
 
 
-def test_a_validation_split_that_holds_the_test_images_is_refused(arguments):
-    result = run(*arguments, "--val-split", ".")  # the whole folder, test images included
+def test_a_validation_split_that_holds_the_test_images_is_refused(arguments, pictures):
+    copies = shutil.copytree(pictures / "test", pictures / "copies")
+    try:
+        result = run(*arguments, "--val-split", "copies")
+    finally:
+        shutil.rmtree(copies)
     assert result.exit_code == 2 and "20 of the 20 test samples are among" in result.stderr
 
 

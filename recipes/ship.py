@@ -124,9 +124,9 @@ def main() -> None:
     if run.get("script"):
         training["script"] = run["script"]
         training.pop("hours", None)  # by the times of files, which those that were carried do not keep
-        lines = [json.loads(line) for line in (args.run / "exits.jsonl").read_text().splitlines()]
-        if lines[-1].get("hours") is not None:
-            training["hours"] = lines[-1]["hours"]
+        lines = (args.run / "exits.jsonl").read_text().splitlines() if (args.run / "exits.jsonl").exists() else ["{}"]
+        if (hours := json.loads(lines[-1]).get("hours")) is not None:
+            training["hours"] = hours
     if changed:
         training["other_than_recipe"] = changed
     phases, first = earlier_phases(parser, args.earlier_recipes, run)

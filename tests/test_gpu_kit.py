@@ -215,6 +215,16 @@ class Graphable(TorchDispatchMode):
         return outputs
 
 
+def assert_graphable(kit):
+    """The step after those that are eager asks the device for nothing."""
+    x, target = next(kit.batches.epoch(0))
+    for _ in range(kit_steps.EAGER_STEPS):
+        kit.steps(x, target)
+    with Graphable("cpu") as watched:
+        kit.steps._update_all()
+    assert watched.operators > 500
+
+
 OBJECTIVES = {
     "joint": dict(beta="joint"),
     "DFS": dict(beta=0.5),
@@ -229,12 +239,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("kwargs", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_a_captured_step_never_asks_the_device(data, tmp_path, kwargs):
     kit = training(data, tmp_path, dict(one=dict(NETWORK, **kwargs)), cutout=8, reprob=0.25, remode="const")
-    x, target = next(kit.batches.epoch(0))
-    for _ in range(kit_steps.EAGER_STEPS):
-        kit.steps(x, target)
-    with Graphable("cpu") as watched:
-        kit.steps._update_all()
-    assert watched.operators > 500
+    assert_graphable(kit)
     with Graphable("cpu"), pytest.raises(AssertionError, match="waits"):
         kit.first.loss.item()
 
@@ -251,13 +256,7 @@ def teacher(tmp_path_factory):
 
 def test_a_captured_step_with_a_teacher_never_asks_the_device(data, tmp_path, teacher):
     runs = dict(taught=dict(NETWORK, beta="joint", teacher_size=48))
-    kit = training(data, tmp_path, runs, kd_model_name=teacher, kd_temperature=1.0)
-    x, target = next(kit.batches.epoch(0))
-    for _ in range(kit_steps.EAGER_STEPS):
-        kit.steps(x, target)
-    with Graphable("cpu") as watched:
-        kit.steps._update_all()
-    assert watched.operators > 500
+    assert_graphable(training(data, tmp_path, runs, kd_model_name=teacher, kd_temperature=1.0))
 
 
 def test_a_run_with_a_teacher_is_timms_task_and_goes_on(data, tmp_path, teacher):

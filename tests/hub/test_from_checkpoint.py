@@ -361,6 +361,7 @@ def test_a_run_of_the_gpu_kit_is_known_by_its_record(ship, tmp_path, capsys):
     with pytest.raises(SystemExit):
         ship(pad=4)
     assert "made by train.py, which ignores the recipe's pad" in capsys.readouterr().err
+    assert "hours" not in ship(pad=4, script="benchmarks/gpu/run.py")[1]["training"]
     for last, told in ((dict(hours=0.25), {0.25}), (dict(), set())):
         lines.write_text('{"hours": 0.125}\n' + json.dumps(last) + "\n")
         folder, results = ship(pad=4, scale=None, script="benchmarks/gpu/run.py")

@@ -83,7 +83,6 @@ def open_dataset(
     extra: dict[str, Any] = dict(input_key=input_key, target_key=target_key)
     if not dataset:
         root, search = _folder(root, name), False
-        warn_of_other_images(root, "Convert them to PNG or JPEG; timm, with train.py, leaves them out, too.")
     else:
         search = True
         if kind.lower() == "torch":
@@ -347,6 +346,9 @@ def dataset_loader(
             f"({type(error).__name__}: {error}): give those it has."
         ) from error
     where = f"{dataset or root}, split {split}"
+    if not dataset:
+        folder = _folder(root, split.partition("[")[0])
+        warn_of_other_images(folder, "Convert them to PNG or JPEG; timm, with train.py, leaves them out, too.")
     if not by_name:
         _warn_of_other_classes(model, class_indices(data), where, by_names=not given)
     if given:

@@ -80,8 +80,7 @@ def drop_test_preparation(config: dict) -> None:
 
 def warn_of_other_images(folder: str | Path, remedy: str) -> None:
     """Warn of images in a folder, or in folders in it, that timm does not take for images, by their names."""
-    Image.init()
-    readable = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = Counter(
         ending
         for _, _, names in os.walk(folder, followlinks=True)

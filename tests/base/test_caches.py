@@ -71,3 +71,10 @@ def test_the_conflict_of_gradients_takes_several_batches_and_what_was_predicted_
     assert found.layers == expected.layers and any("attn" in layer for layer in found.layers)
     torch.testing.assert_close(found.cosine, expected.cosine, equal_nan=True)
     copy.deepcopy(model)  # no layer keeps a part of a graph
+
+
+def test_no_layer_keeps_a_part_of_a_graph_after_a_conflict_of_gradients_that_failed():
+    model = network("dfs_levit_128s").eval()
+    with pytest.raises(ValueError, match="not finite"):
+        timm_dfs.gradient_conflict(model, [(images() * float("inf"), torch.tensor([1]))])
+    copy.deepcopy(model)

@@ -70,21 +70,8 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
     batches = []
     with evaluating(model), torch.enable_grad():
         for x, target in loader:
-            x = as_images(model, x)
-            forget(model)  # what layers keep is part of one batch's graph, or of none
-            logits = model.forward_exits(x)
-            gradients: list[dict[str, torch.Tensor]] = []
-            for k, exit_logits in enumerate(logits):
-                loss = F.cross_entropy(exit_logits, target.to(x.device))
-                if not loss.requires_grad:  # all that this exit reaches is frozen
-                    gradients.append({})
-                    continue
-                raw = torch.autograd.grad(
-                    loss, [p for _, p in named], retain_graph=k < model.num_exits - 1, allow_unused=True
-                )
-                gradients.append(_by_layer(raw, named))
+            gradients = _gradients_of_exits(model, x, target, named)
             batches.append(torch.stack([_cosines([gradient.get(layer) for gradient in gradients]) for layer in layers]))
-        forget(model)
     if not batches:
         raise ValueError("The loader has no batches; check the data set and its split.")
     cosine = torch.stack(batches)
@@ -101,6 +88,28 @@ def gradient_conflict(model: MultiExitModel, loader: Iterable[tuple[torch.Tensor
         cosine=cosine.nanmean(0)[shared],
         conflicting=(pairs[~pairs.isnan()] < 0).double().mean().item(),
     )
+
+
+def _gradients_of_exits(
+    model: MultiExitModel, x: torch.Tensor, target: torch.Tensor, named: Sequence[tuple[str, torch.nn.Parameter]]
+) -> list[dict[str, torch.Tensor]]:
+    """For each exit, the gradient of its cross-entropy on a batch, by layer."""
+    gradients: list[dict[str, torch.Tensor]] = []
+    x = as_images(model, x)
+    try:
+        forget(model)  # what layers keep may be of no graph
+        for k, exit_logits in enumerate(model.forward_exits(x)):
+            loss = F.cross_entropy(exit_logits, target.to(x.device))
+            if not loss.requires_grad:  # all that this exit reaches is frozen
+                gradients.append({})
+                continue
+            raw = torch.autograd.grad(
+                loss, [p for _, p in named], retain_graph=k < model.num_exits - 1, allow_unused=True
+            )
+            gradients.append(_by_layer(raw, named))
+    finally:
+        forget(model)  # what they keep now is part of this batch's graph
+    return gradients
 
 
 def _layer(parameter: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outcome import SHARES
-from study import RECIPES, SETTINGS, TEACHER, TEACHING
+from study import RECIPES, SETTINGS, TEACHER, TEACHING, teaching_of
 from templates import template
 
 from timm_dfs.hub import curve
@@ -100,7 +100,7 @@ def generated(root: Path) -> dict[str, str]:
                 taught={
                     name: teaching
                     for name, teaching in TEACHING.items()
-                    if any(run["setting"].partition(", ")[2] == name for run in of_length)
+                    if any(teaching_of(run["setting"]) == name for run in of_length)
                 },
                 without_exits=without_exits(of_length),
             )

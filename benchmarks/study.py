@@ -44,6 +44,7 @@ SETTINGS = {
     "joint, taught at 1": dict(beta="joint", teacher_size=96),
     "one-sided 0.5, taught at 1": dict(beta=0.5, referencing="one_sided", teacher_size=96),
     "one-sided 0.9, taught at 1": dict(beta=0.9, referencing="one_sided", teacher_size=96),
+    "joint, chained, taught at 1": dict(beta="joint", chain=0.5, teacher_size=96),
     "last exit alone": dict(beta="joint", loss_weights=[0.0, 0.0, 0.0, 0.0, 1.0]),
 }
 """Model arguments of each setting. The weight of distillation is that of the official ResNet recipe, the
@@ -126,6 +127,11 @@ def same(run: dict, setting: str, seed: int, epochs: int) -> bool:
     return (run["setting"], run["seed"], run["epochs"]) == (setting, seed, epochs)
 
 
+def teaching_of(setting: str) -> str | None:
+    """The key of :data:`TEACHING` by which a setting's networks are taught; ``None`` without a teacher."""
+    return next((name for name in TEACHING if setting.endswith(f", {name}")), None)
+
+
 def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_out: tuple, state: Path) -> dict:
     """Train one network and measure every exit's accuracy, in percent, on the held-out images.
 
@@ -142,8 +148,8 @@ def run(setting: str, seed: int, epochs: int, recipe: dict, train: tuple, held_o
         ValueError: If the file is of another recipe.
     """
     kwargs = dict(recipe["model_kwargs"], **SETTINGS[setting])
-    teaching = TEACHING.get(setting.partition(", ")[2])
-    taught = dict(teacher=load_teacher(), **teaching) if teaching else {}  # draws random numbers
+    teaching = teaching_of(setting)
+    taught = dict(teacher=load_teacher(), **TEACHING[teaching]) if teaching else {}  # draws random numbers
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     batch_size, samples = recipe["batch_size"], len(train[0])

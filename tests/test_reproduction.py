@@ -396,7 +396,7 @@ def test_a_taught_network_starts_from_the_weights_of_the_others_and_ends_elsewhe
 
 def test_every_setting_with_a_teacher_says_how_it_teaches():
     taught = {setting for setting, arguments in study.SETTINGS.items() if "teacher_size" in arguments}
-    assert {setting for setting in study.SETTINGS if setting.partition(", ")[2] in study.TEACHING} == taught
+    assert {setting for setting in study.SETTINGS if study.teaching_of(setting)} == taught
 
 
 def test_erased_rectangles_have_the_data_sets_mean():

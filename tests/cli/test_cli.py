@@ -91,6 +91,11 @@ def test_list_takes_a_pattern_and_names_twins_too(pattern):
     assert names[0] in run("list", pattern).stdout
 
 
+@pytest.mark.parametrize("pattern", ["dfs_msdnet_cifar100.joint", "dfs_*cifar100_112"])
+def test_list_takes_names_with_tags(pattern):
+    assert [row["name"] for row in run_json("list", pattern)] == timm.list_pretrained(pattern) != []
+
+
 def test_a_pattern_that_nothing_fits_gets_one_line():
     assert_one_line(run("list", "dfs_foo*"), "dfs_foo*", "timm-dfs list")
 
@@ -99,6 +104,12 @@ def test_info_describes_each_exit():
     data = run_json("info", "dfs_vgg7_cifar100")
     assert [row["channels"] for row in data["exits"]] == [64, 64, 128, 128, 256, 256]
     assert "stages.5" in run("info", "dfs_vgg7_cifar100").stdout
+
+
+def test_flops_and_info_are_of_the_weights_that_are_named():
+    name = "dfs_tf_efficientnet_lite0.cifar100"
+    shipped = [exit_["flops"] for exit_ in run_json("info", name)["exits"]]
+    assert run_json("flops", name)["published"] == shipped
 
 
 def test_flops_gives_both_conventions_at_any_size():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,23 @@ def test_bench_times_the_images_of_a_checkpoints_own_data_set_where_its_split_is
     assert json.loads(named.stdout)["images"] == str(folder)
     assert json.loads(run("bench", checkpoint, *quick).stdout)["images"] == "noise"
     assert run("bench", checkpoint, "--split", "nonsense", *quick).exit_code == 2
+
+
+def test_a_folder_is_not_taken_for_the_cache_of_the_data_set_that_a_run_names(checkpoint, folder, tmp_path):
+    record = torch.load(checkpoint, weights_only=False)
+    record["args"].dataset = "hfds/uoft-cs/cifar100"
+    torch.save(record, tmp_path / "last.pth.tar")
+    refused = run("eval", tmp_path / "last.pth.tar", "--data-dir", folder, "--split", "validation")
+    assert refused.exit_code == 2 and "Give --dataset '' as well" in " ".join(refused.stderr.split())
+    read = run("eval", tmp_path / "last.pth.tar", "--data-dir", folder, "--split", "validation", "--dataset", "")
+    assert read.exit_code == 0, read.output
+
+
+def test_a_moving_average_that_train_py_did_not_validate_is_warned_of(checkpoint):
+    record = read_run(Path(checkpoint))
+    validated = replace(record, arguments=dict(record.arguments, model_ema=True))
+    other = replace(record, arguments=dict(validated.arguments, model_ema_force_cpu=True))
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=3, **TINY)
+    follow_run(model, validated)
+    with pytest.warns(UserWarning, match="--model-ema-force-cpu"):
+        follow_run(model, other)

@@ -167,6 +167,24 @@ def test_a_card_states_what_a_preset_loses_against_the_last_exit_on_the_test_spl
     assert "| `fast` | 58.75 | -1.25 ± " in card.card(folder)
 
 
+def test_figures_of_a_policy_with_an_ensemble_are_not_those_of_the_same_thresholds_without(folder):
+    edit(folder / hub.RESULTS_FILE, lambda found: found["test"]["presets"]["fast"].update(ensemble="mean"))
+    assert "| `fast` | not measured |" in card.card(folder)
+    edit(folder / hub.CONFIG_FILE, lambda config: config["model_args"]["presets"]["fast"].update(ensemble="mean"))
+    assert "| `fast` | not measured |" not in card.card(folder)
+
+
+def test_the_family_card_shows_the_last_exit_on_the_images_of_the_presets():
+    point = next(
+        line
+        for line in card.family_card(ROOT / "hub").splitlines()
+        if line.startswith("| dfs_msdnet_cifar100.joint | `fast`")
+    )
+    measured = results("dfs_msdnet_cifar100.joint")["test"]
+    of_point, of_last = measured["presets"]["fast"]["top1"], measured["top1"][-1]
+    assert f"| `fast` | {measured['samples']:,} | {of_point:.2f} | {of_last:.2f} |" in point
+
+
 def test_a_card_shows_no_figures_of_thresholds_that_were_fitted_anew(folder):
     def fit_anew(config):
         config["model_args"]["presets"]["fast"]["thresholds"][0] += 0.01
@@ -212,7 +230,7 @@ def test_a_card_of_other_data_does_not_speak_of_cifar(folder):
     text = card.card(folder)
     for of_the_run in (SHIPPED[0], training["recipe"], f"| `aa` | {training['settings']['aa']} |"):
         text = text.replace(of_the_run, "")
-    assert "other/data" in text and "cifar" not in text.lower() and "The paper trains" not in text
+    assert "other/data" in text and "cifar" not in text.lower() and "The paper uses" not in text
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -171,3 +171,21 @@ def test_weights_that_half_precision_cannot_hold_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_comes_with_the_package(name):
     assert f'"hub/{name}" = "timm_dfs/pretrained/weights/{name}"\n' in (HUB.parent / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("dfs_xcit_nano_12_p16_224", {}), ("dfs_test_vit", dict(dynamic_img_size=True))]
+)
+def test_presets_fitted_at_another_size_than_the_rebuilt_network_takes_are_not_written(name, arguments, tmp_path):
+    """These networks take images of other sizes than they were built for, but timm rebuilds them for the first."""
+    model = timm.create_model(name, num_classes=3, exits=2, **arguments).eval()
+    model.presets = {"fast": dict(thresholds=[0.5, 0.0])}
+    timm_dfs.write_presets(model, tmp_path / "as built")
+    model.pretrained_cfg["input_size"] = (3, 128, 128)
+    assert len(model.forward_exits(torch.zeros(1, 3, 128, 128))) == 2
+    with pytest.raises(ValueError, match="but its pretrained_cfg says 128×128; build it with img_size=128"):
+        timm_dfs.write_presets(model, tmp_path / "other")
+    built = timm.create_model(name, num_classes=3, exits=2, img_size=128, **arguments)
+    built.presets = model.presets
+    timm_dfs.write_presets(built, tmp_path / "rebuilt")
+    assert hub.load(f"local-dir:{tmp_path / 'rebuilt'}").pretrained_cfg["input_size"] == (3, 128, 128)

@@ -222,6 +222,21 @@ def test_thresholds_are_not_fixed_on_the_test_split(checkpoint, tmp_path):
     assert refused.exit_code == 2 and "held out of training" in refused.stderr and not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--split", "validation", "--test", "train"), "--test train shares images with train"),
+        (("--split", "validation[:8]", "--test", "validation[4:]"), "held out of training and not on the test split"),
+    ],
+)
+def test_accuracies_are_of_images_that_neither_training_nor_thresholds_have_seen(options, told, checkpoint, tmp_path):
+    record = torch.load(checkpoint, weights_only=False)
+    record["args"].train_split = "train"
+    torch.save(record, tmp_path / "last.pth.tar")
+    refused = run("export-hub", tmp_path / "last.pth.tar", "--output", tmp_path / "mine", *options)
+    assert refused.exit_code == 2 and told in " ".join(refused.stderr.split()) and not (tmp_path / "mine").exists()
+
+
 @pytest.mark.parametrize(("trained", "warned"), [("validation[3:]", True), ("validation[:6]", False)])
 def test_thresholds_fixed_on_images_of_training_are_warned_of(trained, warned, checkpoint, tmp_path, recwarn):
     record = torch.load(checkpoint, weights_only=False)
@@ -248,6 +263,7 @@ def test_the_presets_results_are_what_the_shipped_network_does(checkpoint, tmp_p
         ("dfs_resnet18", True, dict(base_model="timm/resnet18.a1_in1k")),
         ("dfs_resnet18", False, {}),
         ("dfs_vgg7_cifar100", True, {}),
+        ("dfs_tf_efficientnet_lite0.cifar100", True, {}),  # a tag of this package's weights, none of timm's
     ],
 )
 def test_a_twin_that_started_from_timms_weights_names_them(model, started, expected, tmp_path):

@@ -199,6 +199,8 @@ def test_published_results_are_of_the_network_with_these_costs_on_this_data_set(
         ("cifar10", 10, COSTS),
         ("cifar100", 20, COSTS),
         ("flowers", 100, COSTS),
+        ("hfds/user/cifar100-c", 100, COSTS),
+        ("data/cifar100_lt", 100, COSTS),
         ("cifar100", 100, COSTS[:-1]),
         ("cifar100", 100, [*COSTS[:-1], 1.02 * COSTS[-1]]),
     ],
@@ -226,6 +228,7 @@ def test_published_networks_without_exits_are_those_of_the_data_set_from_cheap_t
     assert "MobileNetV2 x1.0" in [rival.network for rival in found]
     assert [rival.flops_M for rival in found] == sorted(rival.flops_M for rival in found)
     assert all(0 < rival.top1 < 100 and rival.source for rival in found)
+    assert networks_without_exits("user/cifar100-c", 100) == networks_without_exits("data/cifar100_lt", 100) == ()
     assert networks_without_exits("cifar10", 10) == networks_without_exits("cifar100", 20) == ()
 
 
@@ -458,6 +461,11 @@ def test_packaged_weights_say_how_they_were_trained():
     assert words.startswith(f"{epochs} epochs on ") and "recipe" in words
     assert training_of("dfs_vgg7_cifar100") == ("", None) == training_of("hf-hub:somebody/model")
     assert training_of("dfs_msdnet_cifar100", checkpoint="own.pth") == ("", None)
+
+
+def test_earlier_phases_of_training_are_counted():
+    words, epochs = training_of("dfs_tf_efficientnet_lite0.cifar100_112")
+    assert words.startswith("4 + 6 + 6 epochs on ") and epochs == 16
 
 
 def test_a_runs_folder_need_not_name_its_machine_or_number_of_images(tmp_path):

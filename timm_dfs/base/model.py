@@ -256,6 +256,11 @@ class MultiExitModel(nn.Module):
         return str(self.heads[-1].pool.pool_type)
 
     @property
+    def built_for(self) -> tuple[tuple[int, int], ...]:
+        """Image sizes (height, width) that timm built the network for; none where any size will do."""
+        return ()
+
+    @property
     def num_exits(self) -> int:
         """Number of exits, the last included."""
         return len(self.heads)

@@ -17,6 +17,10 @@ Data = tuple[torch.Tensor, torch.Tensor]
 """Logits (E, N, C) and targets (N,)."""
 
 
+OF_POLICY = ("thresholds", "confidence", "temperatures", "ensemble")
+"""Fields of a preset that make its policy."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The data that an operating point was fitted on.

@@ -9,17 +9,18 @@ import typer
 from ..base.model import MultiExitModel
 from ..calibration.seen import is_test
 from ..data.datasets import dataset_loader
+from ..data.splits import overlap, standard
 from ..evaluation.accuracy import collect_logits
 from ..evaluation.flops import Costs
 from ..hub.card import write_card
 from ..hub.folder import RESULTS_FILE
 from ..hub.from_checkpoint import base_model, data_name, export, trained_model, training_facts
-from ..hub.publish import FILES, check_folder, publish
+from ..hub.publish import check_folder, files_of, publish
 from ..pretrained.packaged import packaged_folder
 from ..training.run import read_run
 from .base import command, console
 from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
-from .source import BatchSize, DataOptions, Workers, described, tracked, with_data_options
+from .source import BatchSize, DataOptions, Workers, described, tracked, trained_split, with_data_options
 
 Model = Annotated[str, typer.Argument(help="A model with packaged weights, or its folder.", metavar="MODEL")]
 
@@ -60,7 +61,7 @@ def publish_model(
     folder = _folder(model)
     if dry_run:
         check_folder(folder)
-        for file in FILES:
+        for file in files_of(folder):
             console.print(f"{file}: {(folder / file).stat().st_size:,} bytes")
         console.print(f"{folder} is complete; nothing was uploaded to {repo}.")
         return
@@ -92,7 +93,13 @@ def export_checkpoint(
     run = read_run(checkpoint)
     where = data.where(str(checkpoint), default_split=None)
     held_out = where.pop("split")
-    if held_out == test or is_test(held_out, where["dataset"], where["root"]):
+    if trained := trained_split(str(checkpoint), where, test):
+        raise ValueError(
+            f"--test {test} shares images with {trained}, which the model was trained on; give a split that nothing "
+            "was trained or chosen on."
+        )
+    shared = overlap(*(standard(where["dataset"], split) for split in (held_out, test)))
+    if shared or is_test(held_out, where["dataset"], where["root"]):
         raise ValueError(
             f"--split is {described(held_out, where)} and --test is {test}: thresholds must be fixed on a split held "
             "out of training and not on the test split, e.g. --split 'train[45000:]'."

@@ -35,11 +35,14 @@ def list_models(
     """
     twins = {f"{PREFIX}{base}" for base in BASES}
     wanted = pattern or f"{PREFIX}*"
-    names = [name for name in timm.list_models(wanted) if name.startswith(PREFIX)]
+    untagged = [name for name in timm.list_models(wanted) if name.startswith(PREFIX)]
+    tagged = [name for name in timm.list_pretrained(wanted) if name.startswith(PREFIX) and "." in name]
+    names: list[str] = []
+    for name in dict.fromkeys([*untagged, *map(get_arch_name, tagged)]):
+        names += [name] if name in untagged else []
+        names += [tag for tag in tagged if get_arch_name(tag) == name]  # further weights of one model
     if not names:
         raise ValueError(f"No model matches {pattern}; 'timm-dfs list' lists some models, '{PREFIX}*' matches all.")
-    tagged = [name for name in timm.list_pretrained(wanted) if "." in name]  # further weights of one model
-    names = [row for name in names for row in (name, *(tag for tag in tagged if get_arch_name(tag) == name))]
     if pattern is None:
         names = [name for name in names if name not in twins or is_model_pretrained(name)]
     rows: list[dict[str, Any]] = []
@@ -125,7 +128,7 @@ def show_flops(
     as_json: AsJson = False,
 ) -> None:
     """Count the multiply-adds (MACs) up to each exit, in the published and the lazy convention."""
-    model = create(model_name, pretrained=False, model_kwargs=model_kwargs)
+    model = create(model_name, pretrained=has_weights(model_name), model_kwargs=model_kwargs)  # their arguments count
     size = tuple(input_size or model.pretrained_cfg["input_size"])
     try:
         costs = Costs(model, size)

@@ -175,6 +175,11 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
         data["split"] = read_by_train(data.get("dataset", ""), data["split"])
     given = {key: value for key, value in given.items() if value is not None}
     moved = given.keys() & {"dataset", "root"}
+    if "root" in given and "dataset" not in given and data.get("dataset", "").startswith(("hfds/", "hfids/")):
+        raise ValueError(
+            f"--data-dir {given['root']} would only be the cache of {data['dataset']}, which the run was trained on. "
+            f"Give --dataset '' as well to read the images of that folder, or --dataset {data['dataset']}."
+        )
     if moved:  # the run's images elsewhere, or other images of the same kind
         data.pop("num_samples", None)
     if "dataset" in moved:
@@ -201,15 +206,22 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
 
 
 def warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
-    run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
-    dataset, trained = run.get("dataset") or "", run.get("train_split")
-    trained = trained and standard(dataset, read_by_train(dataset, trained))
-    if trained and dataset == where["dataset"] and overlap(trained, standard(dataset, where["split"])):
+    """Warn if the split that thresholds are to be fitted on shares images with the one that the run trained on."""
+    if trained := trained_split(model_name, where, where["split"]):
         warnings.warn(
             f"--split {where['split']} shares images with {trained}, which the model was trained on: thresholds and "
             "temperatures fitted to them are too confident. Give a split held out of training.",
             stacklevel=3,
         )
+
+
+def trained_split(model_name: str, where: dict[str, Any], split: str) -> str | None:
+    """The split that a checkpoint's run trained on, if ``split`` of the same data set shares images with it."""
+    run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
+    dataset, trained = run.get("dataset") or "", run.get("train_split")
+    trained = trained and standard(dataset, read_by_train(dataset, trained))
+    shared = trained and dataset == where["dataset"] and overlap(trained, standard(dataset, split))
+    return trained if shared else None
 
 
 def described(split: str, where: dict[str, Any]) -> str:

@@ -200,7 +200,7 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
 
     Input size, mean, standard deviation, crop and interpolation are what ``train.py`` validated with. Names of the
     classes are those of its training split, if that is at hand, else numbers. A run that was given slices which
-    ``train.py`` does not read causes a warning.
+    ``train.py`` does not read causes a warning, and so does one whose moving average it did not validate.
 
     Args:
         model: The trained model; its ``pretrained_cfg`` is changed.
@@ -211,6 +211,12 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
     """
     run.check_reproducible()
     _warn_of_slices(run.arguments)
+    if run.arguments.get("model_ema") and run.arguments.get("model_ema_force_cpu"):
+        warnings.warn(
+            "train.py validated this run's trained weights, by which it chose model_best, not their moving average "
+            "(--model-ema-force-cpu); what is read here is the moving average.",
+            stacklevel=2,
+        )
     config = adapted(resolve_data_config(run.arguments, model=model), model.in_chans)
     config["crop_mode"] = "center"  # train.py passes no other to its validation
     model.pretrained_cfg.update(config)

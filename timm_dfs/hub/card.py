@@ -10,6 +10,7 @@ import jinja2
 import yaml
 from huggingface_hub import ModelCardData
 
+from ..calibration.operating_point import OF_POLICY
 from ..pretrained.packaged import CONFIG_FILE
 from . import curve
 from .both_parts import both_parts
@@ -59,12 +60,12 @@ def _data_set(name: str) -> DataSet:
 
 
 def _read(folder: Path) -> tuple[dict, dict]:
-    """A folder's results and config; the results without presets whose thresholds were fitted anew since."""
+    """A folder's results and config; the results without presets whose policy was fitted anew since."""
     results, config = (json.loads((folder / file).read_text()) for file in (RESULTS_FILE, CONFIG_FILE))
     stored, measured = config["model_args"].get("presets", {}), results["test"].get("presets", {})
     for name in [*measured]:
-        thresholds = stored.get(name, {}).get("thresholds")
-        if measured[name].get("thresholds", thresholds) != thresholds:
+        now = stored.get(name, {})
+        if any(measured[name].get(key, now.get(key)) != now.get(key) for key in OF_POLICY):
             del measured[name]
     return results, config
 
@@ -243,8 +244,10 @@ def family_card(hub: Path) -> str:
                 whole=whole,
             )
         )
-        for name, point in results["test"].get("presets", {}).items():
-            points.append(dict(point, model=folder.name, preset=name, share=point["average_flops"] / whole))
+        measured = results["test"]
+        same = dict(model=folder.name, samples=measured["samples"], last=measured["top1"][-1])
+        for name, point in measured.get("presets", {}).items():
+            points.append(dict(point, **same, preset=name, share=point["average_flops"] / whole))
     return _TEMPLATES.get_template("family_card.md").render(models=models, points=points)
 
 

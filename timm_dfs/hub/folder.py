@@ -148,6 +148,18 @@ def check_rebuilt(model: MultiExitModel) -> None:
             f"timm cannot rebuild this {type(model).__name__} from its architecture {name!r}. Create it by name, "
             f"timm.create_model('{PREFIX}{name or 'NAME'}', ...) with the same exits, and load its weights."
         )
+    check_size(model)
+
+
+def check_size(model: MultiExitModel) -> None:
+    """Raise ``ValueError`` if images are not of the size that the model was built for, and would be rebuilt for."""
+    built, size = model.built_for, tuple(model.pretrained_cfg["input_size"][1:])
+    if built and size not in built:
+        raise ValueError(
+            f"The model was built for images of {'×'.join(map(str, built[0]))}, the size that it is rebuilt for, but "
+            f"its pretrained_cfg says {'×'.join(map(str, size))}; build it with "
+            f"img_size={size[0] if size[0] == size[1] else size} (train.py --model-kwargs)."
+        )
 
 
 def check_same(model: MultiExitModel, folder: Path) -> None:

@@ -17,7 +17,7 @@ from ..base.model import MultiExitModel
 from ..base.objective import SETTINGS
 from ..calibration.budgeted_batch import budgeted_batch
 from ..calibration.logits import halves
-from ..calibration.operating_point import OperatingPoint, measure_policy, outcomes
+from ..calibration.operating_point import OF_POLICY, OperatingPoint, measure_policy, outcomes
 from ..calibration.presets import NAMED, operating_points
 from ..data.datasets import follow_run
 from ..data.splits import read_by_train
@@ -211,12 +211,13 @@ def measured(point: OperatingPoint, test: Split, flops: list[int]) -> dict[str, 
     """Accuracy, cost and exit shares of an operating point on the test split."""
     found = measure_policy(point, test, flops)
     logits, targets = test
+    preset = point.preset()
     return dict(
         top1=found.accuracy,
         against_last=_difference(outcomes(point.policy, test)[1], logits[-1].argmax(-1) == targets),
         average_flops=found.average_flops,
         exit_shares=list(found.exit_shares),
-        thresholds=point.preset()["thresholds"],
+        **{key: preset.get(key) for key in OF_POLICY},
     )
 
 
@@ -254,6 +255,8 @@ def base_model(run: TrainingRun, checkpoint: Path) -> dict[str, str]:
     base, recorded = run.model.removeprefix(PREFIX), _recorded(run, checkpoint)
     own_weights = recorded.get("initial_checkpoint") or recorded.get("pretrained_path")
     if base.partition(".")[0] not in BASES or not recorded.get("pretrained") or own_weights:
+        return {}
+    if "." in base and not timm.models.is_model_pretrained(base):  # a tag of our own weights
         return {}
     cfg = timm.get_pretrained_cfg(base)
     return dict(base_model=cfg.hf_hub_id) if cfg is not None and cfg.hf_hub_id else {}

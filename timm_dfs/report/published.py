@@ -44,10 +44,15 @@ def published_results(dataset: str, classes: int, flops: Sequence[float]) -> Pub
         flops: ``exit_flops(model)``. It counts batch norm where published figures count ReLU and pooling, so costs
             match if they differ by less than 1 %.
     """
-    name = "".join(filter(str.isalnum, dataset.lower()))
+    name = plain_name(dataset)
     for entry in json.loads(_FILE.read_text()):
         found = Published(**entry)
-        if found.dataset in name and found.classes == classes and len(found.flops_M) == len(flops):
+        if found.dataset == name and found.classes == classes and len(found.flops_M) == len(flops):
             if all(abs(ours / (1e6 * theirs) - 1) < 0.01 for ours, theirs in zip(flops, found.flops_M)):
                 return found
     return None
+
+
+def plain_name(dataset: str) -> str:
+    """The last part of a data set's name or path, in small letters and digits: ``cifar100`` of ``data/CIFAR-100``."""
+    return "".join(filter(str.isalnum, Path(dataset).name.lower()))

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from .published import plain_name
+
 _FILE = Path(__file__).with_name("without_exits.json")
 
 
@@ -35,6 +37,6 @@ def networks_without_exits(dataset: str, classes: int) -> tuple[WithoutExits, ..
         dataset: Name or path of the data set, as in ``--dataset``.
         classes: Number of classes of the network.
     """
-    name = "".join(filter(str.isalnum, dataset.lower()))
+    name = plain_name(dataset)
     known = (WithoutExits(**entry) for entry in json.loads(_FILE.read_text()))
-    return tuple(sorted((x for x in known if x.dataset in name and x.classes == classes), key=lambda x: x.flops_M))
+    return tuple(sorted((x for x in known if x.dataset == name and x.classes == classes), key=lambda x: x.flops_M))

@@ -341,6 +341,11 @@ class MultiExit(MultiExitModel):
         return {key: value for key, value in traits.items() if key != "first_conv"}  # pretrained_cfg has it by our name
 
     @property
+    def built_for(self) -> tuple[tuple[int, int], ...]:
+        sizes = (self._traits.get("img_size"), _built_size(self.backbone))
+        return tuple(dict.fromkeys(to_2tuple(size) for size in sizes if size is not None))
+
+    @property
     def _timm_model(self) -> nn.Module:
         return self.backbone.encoder if isinstance(self.backbone, WithClassifier) else self.backbone
 
@@ -384,8 +389,12 @@ class MultiExit(MultiExitModel):
 
 def _image_size(backbone: nn.Module) -> tuple[int, int]:
     """Image size (height, width) that the backbone was built for, else that of its pretrained config."""
+    return to_2tuple(_built_size(backbone) or backbone.pretrained_cfg["input_size"][1:])
+
+
+def _built_size(backbone: nn.Module) -> int | tuple[int, int] | None:
     sizes = (getattr(module, "img_size", None) for module in backbone.modules())
-    return to_2tuple(next((size for size in sizes if size is not None), backbone.pretrained_cfg["input_size"][1:]))
+    return next((size for size in sizes if size is not None), None)
 
 
 def _check_backbone(backbone: nn.Module) -> None:

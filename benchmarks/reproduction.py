@@ -211,11 +211,23 @@ def together(runs: list[dict], settings: list[str]) -> dict:
         early_exit_together=lambda run: run["early_exit"]["fitted"],
     )
     tables = {name: compared(runs, value, settings) for name, value in values.items()}
-    return dict(tables=tables, epochs=runs[0]["epochs"], flops=runs[0]["flops"])
+    alike = {name: compared(runs, values[name], settings, joint_alike) for name in ("together", "gain", "disagreement")}
+    return dict(tables=tables, alike=alike, epochs=runs[0]["epochs"], flops=runs[0]["flops"])
 
 
-def compared(runs: list[dict], value: Callable[[dict], list[float]], settings: list[str]) -> list[dict]:
-    """Rows of a table: each setting's mean over seeds and its difference to joint training.
+def joint_alike(setting: str) -> str:
+    """The setting of joint training with a setting's chain, distillation and teacher."""
+    _, comma, rest = setting.partition(", ")
+    return f"joint{comma}{rest}"
+
+
+def compared(
+    runs: list[dict],
+    value: Callable[[dict], list[float]],
+    settings: list[str],
+    reference: Callable[[str], str] = lambda setting: "joint",
+) -> list[dict]:
+    """Rows of a table: each setting's mean over seeds and its difference to a setting of joint training.
 
     Seeds that joint training was not run with yet are left out.
     """
@@ -228,7 +240,9 @@ def compared(runs: list[dict], value: Callable[[dict], list[float]], settings: l
             setting=setting,
             seeds=len(found[setting]),
             mean=[statistics.mean(values) for values in zip(*found[setting].values())],
-            differences=[] if setting == "joint" else differences(found[setting], found["joint"]),
+            differences=[]
+            if setting == (joint := reference(setting)) or joint not in found
+            else differences(found[setting], found[joint]),
         )
         for setting in settings
         if setting in found
@@ -237,7 +251,7 @@ def compared(runs: list[dict], value: Callable[[dict], list[float]], settings: l
 
 def differences(of_seeds: dict[int, list[float]], joint: dict[int, list[float]]) -> list[Difference]:
     """Differences to joint training with the same seeds, exit by exit."""
-    pairs = [[ours - theirs for ours, theirs in zip(of_seeds[seed], joint[seed])] for seed in of_seeds]
+    pairs = [[ours - theirs for ours, theirs in zip(of_seeds[seed], joint[seed])] for seed in of_seeds if seed in joint]
     found = []
     for values in zip(*pairs):
         if len(values) == 1:

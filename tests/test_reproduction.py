@@ -301,6 +301,20 @@ def test_the_study_says_whether_partitioned_exits_disagree_more_and_gain_more_to
     assert f"- not run: {'; '.join(missing)}\n" in section
 
 
+def test_partitioned_exits_with_a_teacher_are_compared_with_taught_joint_training(root):
+    file = root / "benchmarks/results/study_randaugment.jsonl"
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def taught(run, change):
+        together = {way: [value + change for value in run["together"][way]] for way in run["together"]}
+        return dict(run, setting=f"{run['setting']}, taught at 1", together=together)
+
+    file.write_text("\n".join(json.dumps(run) for run in (*runs, *(taught(run, 5.0) for run in runs))))
+    section = text(root).partition("### RandAugment and erasing, 4 epochs")[2].partition("## Time")[0]
+    line = section.partition("- one-sided 0.5, taught at 1: the share")[2].partition("\n- ")[0]
+    assert "ahead of joint training's exits together at no exit." in line
+
+
 def test_the_network_without_early_exits_is_compared_at_its_last_exit_alone(root):
     file = root / "benchmarks/results/study_randaugment.jsonl"
     assert "trained for its last exit alone" not in text(root).lower()

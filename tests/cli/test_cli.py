@@ -570,6 +570,16 @@ def test_calibrate_does_not_fall_back_on_a_checkpoint_s_test_split(training_run,
     assert_one_line(run("calibrate", training_run, *held_out[:2]), "test", "held out of training")
 
 
+def test_calibrate_refuses_a_size_that_is_not_rebuilt_before_it_reads_the_data(tmp_path):
+    model = timm.create_model("dfs_test_vit", num_classes=3, exits=2, dynamic_img_size=True)
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    of_model = "num_classes=3", "exits=2", "dynamic_img_size=True"
+    given = "--checkpoint", tmp_path / "mine.pth", "--output", tmp_path / "new", "--img-size", 128
+    where = "--data-dir", tmp_path / "absent", "--split", "val"
+    refused = run("calibrate", "dfs_test_vit", "--model-kwargs", *of_model, *given, *where)
+    assert_one_line(refused, "built for images of 160×160", "img_size=128")
+
+
 def test_calibrate_without_a_split_asks_for_one():
     assert_one_line(run("calibrate", "dfs_vgg7_cifar100", "--dataset", "hfds/x"), "--split")
 

@@ -18,7 +18,7 @@ from ..evaluation.accuracy import anytime_accuracy, collect_logits
 from ..evaluation.flops import Costs
 from ..evaluation.latency import exit_latencies
 from ..evaluation.machine import processor
-from ..hub.folder import check_same, write_presets
+from ..hub.folder import check_rebuilt, check_same, write_presets
 from ..inference.ensemble import MEAN
 from ..pretrained.packaged import OF_IMAGES
 from .base import (
@@ -82,8 +82,10 @@ def calibrate(
     data.prepare(model)
     if changed := [key for key, value in _preparation(model).items() if value != before[key]]:
         model.drop_presets(model.presets, f"they were fitted to images of another {' and '.join(changed)}")
-    if output is not None and not is_new(output):
-        check_same(model, output)  # before the data are read
+    if output is not None:  # before the data are read
+        check_rebuilt(model)
+        if not is_new(output):
+            check_same(model, output)
     costs = Costs(model)
     flops, whole = costs.of_exits(lazy=True), costs.of_last_exit_alone()
     budgets = check_points(costs, budget, max_accuracy_drop, confidence_level, by)

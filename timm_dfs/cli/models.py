@@ -128,7 +128,8 @@ def show_flops(
     as_json: AsJson = False,
 ) -> None:
     """Count the multiply-adds (MACs) up to each exit, in the published and the lazy convention."""
-    model = create(model_name, pretrained=has_weights(model_name), model_kwargs=model_kwargs)  # their arguments count
+    # Weights have exits of their own, other than the architecture's default.
+    model = create(model_name, pretrained=has_weights(model_name), model_kwargs=model_kwargs)
     size = tuple(input_size or model.pretrained_cfg["input_size"])
     try:
         costs = Costs(model, size)

@@ -178,7 +178,8 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
     if "root" in given and "dataset" not in given and data.get("dataset", "").startswith(("hfds/", "hfids/")):
         raise ValueError(
             f"--data-dir {given['root']} would only be the cache of {data['dataset']}, which the run was trained on. "
-            f"Give --dataset '' as well to read the images of that folder, or --dataset {data['dataset']}."
+            f"Give --dataset '' as well to read the images of that folder, or --dataset {data['dataset']} to read "
+            "that data set from that cache."
         )
     if moved:  # the run's images elsewhere, or other images of the same kind
         data.pop("num_samples", None)

@@ -139,7 +139,7 @@ def write_presets(model: MultiExitModel, folder: str | Path) -> None:
 
 
 def check_rebuilt(model: MultiExitModel) -> None:
-    """Raise ``ValueError`` unless timm can rebuild a model from a config: created under a name of ours, not fused."""
+    """Raise ``ValueError`` unless timm can rebuild a model from a config: by a name of ours, for its images' size."""
     if model.is_fused:
         raise ValueError("The model is a fused copy, which timm cannot rebuild; save the model that was fused.")
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
@@ -148,10 +148,10 @@ def check_rebuilt(model: MultiExitModel) -> None:
             f"timm cannot rebuild this {type(model).__name__} from its architecture {name!r}. Create it by name, "
             f"timm.create_model('{PREFIX}{name or 'NAME'}', ...) with the same exits, and load its weights."
         )
-    check_size(model)
+    _check_size(model)
 
 
-def check_size(model: MultiExitModel) -> None:
+def _check_size(model: MultiExitModel) -> None:
     """Raise ``ValueError`` if images are not of the size that the model was built for, and would be rebuilt for."""
     built, size = model.built_for, tuple(model.pretrained_cfg["input_size"][1:])
     if built and size not in built:

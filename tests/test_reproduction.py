@@ -305,11 +305,11 @@ def test_partitioned_exits_with_a_teacher_are_compared_with_taught_joint_trainin
     file = root / "benchmarks/results/study_randaugment.jsonl"
     runs = [json.loads(line) for line in file.read_text().splitlines()]
 
-    def taught(run, change):
-        together = {way: [value + change for value in run["together"][way]] for way in run["together"]}
+    def taught(run):
+        together = {way: [value + 5.0 for value in run["together"][way]] for way in run["together"]}
         return dict(run, setting=f"{run['setting']}, taught at 1", together=together)
 
-    file.write_text("\n".join(json.dumps(run) for run in (*runs, *(taught(run, 5.0) for run in runs))))
+    file.write_text("\n".join(json.dumps(run) for run in (*runs, *map(taught, runs))))
     section = text(root).partition("### RandAugment and erasing, 4 epochs")[2].partition("## Time")[0]
     line = section.partition("- one-sided 0.5, taught at 1: the share")[2].partition("\n- ")[0]
     assert "ahead of joint training's exits together at no exit." in line

@@ -117,9 +117,8 @@ class Learner:
         def normalised(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
             return (x * std + mean - teacher.mean_kd) / teacher.std_kd
 
-        teacher.normalize_input = (
-            normalised  # timm's asks the device first whether they are equal, which no graph holds
-        )
+        # timm's asks the device first whether the two normalisations are equal, which no graph holds.
+        teacher.normalize_input = normalised
         return task
 
     def _resume(self, last: Path) -> int:

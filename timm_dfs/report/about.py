@@ -66,7 +66,7 @@ def training_of(model_name: str, checkpoint: Path | None = None) -> tuple[str, i
         training = results["training"]
         phases = [int(phase["epochs"]) for phase in (*training.get("earlier_phases", ()), training)]
         epochs = sum(phases)
-        parts = [" + ".join(map(str, phases[:-1])) + " + " * (len(phases) > 1) + _epochs(phases[-1])]
+        parts = [" + ".join([*map(str, phases[:-1]), _epochs(phases[-1])])]
         if "samples" in training:
             parts[0] += f" on {int(training['samples']):,} images"
         parts += [f"recipe {training['recipe']}"] if training.get("recipe") else []

@@ -131,7 +131,9 @@ def test_the_same_data_give_the_same_point(val):
 def test_thresholds_lie_between_confidences_so_rounding_moves_no_sample(val):
     point = fit_operating_point(val, FLOPS, budget=40)
     exits = point.policy.exit_index(val[0])
-    assert torch.equal(point.policy.exit_index(val[0].double()), exits)
+    for noise in (1e-6, -1e-6):  # another runtime's
+        assert torch.equal(point.policy.exit_index(val[0] * (1 + noise)), exits)
+        assert torch.equal(point.policy.exit_index((val[0] + noise * torch.rand_like(val[0])).double()), exits)
 
 
 def test_temperatures_are_part_of_the_policy(val):
@@ -314,3 +316,15 @@ def test_an_accuracy_that_is_met_exactly_is_met_whatever_its_rounding(right):
     logits = 9 * torch.nn.functional.one_hot(answers, 4).float().repeat(4, 1, 1)
     point = fit_operating_point((logits, targets), FLOPS, accuracy=right)
     assert point.average_flops == FLOPS[0]
+
+
+@pytest.mark.parametrize("flops", [[0.1, 0.3], [0.1, 0.3, 0.7], [0.05, 0.1], [1e-9, 3.0]])
+@pytest.mark.parametrize("samples", [3, 10, 77])
+def test_a_budget_that_is_the_cost_of_an_exit_is_met_whatever_its_rounding(flops, samples):
+    targets = torch.arange(samples) % 2
+    logits = 9.0 * torch.nn.functional.one_hot(targets, 2).repeat(len(flops), 1, 1)  # all exits are right, and as sure
+    logits[0, :1] = logits[0, :1].flip(-1)  # the first errs once
+    for k, budget in enumerate(flops):
+        point = fit_operating_point((logits, targets), flops, budget=budget)
+        assert point.average_flops == pytest.approx(budget) or point.average_flops < budget
+        assert point.accuracy == pytest.approx(100 if k else 100 * (1 - 1 / samples))

@@ -1,5 +1,8 @@
 """Weights with which exits predict together, and operating points of ensembles."""
 
+import itertools
+import warnings
+
 import pytest
 import torch
 
@@ -75,6 +78,13 @@ def test_exits_that_are_left_out_have_no_weight():
     assert weights[0] == (1.0,)
 
 
+def test_the_last_exit_counts_in_any_case_and_others_must_be_there():
+    data = exits_with_own_noise(0)
+    assert fit_ensemble(*data, exits=[0, 1]) == fit_ensemble(*data)
+    with pytest.raises(ValueError, match=r"exits names \[3\]; the exits are 0 to 2"):
+        fit_ensemble(*data, exits=[0, 3])
+
+
 def test_exits_that_err_independently_predict_together():
     assert choose_ensemble(exits_with_own_noise(0)) is not None
 
@@ -123,6 +133,17 @@ def test_the_frontier_of_an_ensemble_begins_with_the_last_exit_alone():
     first, *rest = operating_frontier(exits_with_own_noise(0), FLOPS, ensemble="mean", points=5)
     assert first.policy.answering == (2,)
     assert all(point.policy.answering == (0, 1, 2) for point in rest)
+
+
+def test_no_point_of_an_ensemble_s_frontier_but_the_first_costs_more_and_is_no_more_accurate():
+    """Else ``control_risk``, which stops at the first point that fails, would try a poor and costly one first."""
+    logits, targets = exits_with_own_noise(0)
+    logits[2] = 4 * torch.randn(logits[2].shape, generator=torch.Generator().manual_seed(1))  # spoils the others
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no more often than chance")
+        _, *rest = operating_frontier((logits, targets), FLOPS, ensemble="mean", points=10)
+    for dearer, cheaper in itertools.pairwise(rest):
+        assert dearer.average_flops > cheaper.average_flops and dearer.accuracy > cheaper.accuracy
 
 
 def test_where_the_budget_allows_it_the_last_exit_predicts_alone_if_that_is_more_accurate():

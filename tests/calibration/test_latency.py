@@ -71,6 +71,8 @@ def test_limits_that_cannot_be_met_are_refused(val, limit, message):
         fit(val, **limit)
     with pytest.raises(ValueError, match="each of 3 exits"):
         fit_latency(val, FLOPS, TIMES[:2], ExitPolicy([0.5, 0.5, 0.0]), mean=5.0)
+    with pytest.raises(ValueError, match=r"flops is \[10.0, 20.0\]"):
+        fit_latency(val, FLOPS[:2], TIMES, ExitPolicy([0.5, 0.5, 0.0]), mean=5.0)
 
 
 def test_a_percentile_is_a_value_that_enough_samples_do_not_exceed():

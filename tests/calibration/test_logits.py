@@ -1,4 +1,4 @@
-"""Softmax outputs given in place of logits are noticed."""
+"""Softmax outputs given in place of logits are noticed, and tensors on another device."""
 
 import warnings
 
@@ -41,3 +41,15 @@ def test_logits_are_not(use, scale):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*softmax outputs")
         use((LOGITS * scale, TARGETS))
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_logits_on_another_device_are_refused_by_it(use):
+    with pytest.raises(ValueError, match=r"on meta; give both on the CPU"):
+        use((LOGITS.to("meta"), TARGETS.to("meta")))
+
+
+def test_targets_on_another_device_are_refused_by_it():
+    for name in USES.keys() - {"find_thresholds"}:  # it takes none
+        with pytest.raises(ValueError, match=r"on meta; give both on the CPU"):
+            USES[name]((LOGITS, TARGETS.to("meta")))

@@ -1,5 +1,7 @@
 """Data that a choice was made on are recognised and refused."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -33,6 +35,16 @@ def test_a_preset_s_own_images_are_refused_by_the_names_of_splits():
     for split in ("test[:9]", "test", "test[8:]", "test[:1%]"):
         with pytest.raises(ValueError, match=r"'fast' was fitted on test\[:9\] of x"):
             refuse_fitted_split(presets, "x", split)
+
+
+def test_a_preset_whose_data_set_is_not_told_is_warned_of_where_the_splits_may_share_images():
+    presets = dict(fast=dict(fitted_on=dict(dataset="", split="train[45000:]", samples=9)))
+    with pytest.warns(UserWarning, match=r"'fast' was fitted on a split 'train\[45000:\]' of a data set that"):
+        refuse_fitted_split(presets, "uoft-cs/cifar100", "train")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuse_fitted_split(presets, "uoft-cs/cifar100", "test")
+        refuse_fitted_split(dict(hand=dict(thresholds=[0.5])), "uoft-cs/cifar100", "test")
 
 
 @pytest.mark.parametrize(

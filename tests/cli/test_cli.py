@@ -530,6 +530,7 @@ def test_calibrate_bounds_the_drop_on_the_other_half(training_run, held_out):
         (("--latency", "soon"), ["--latency", "soon", "20ms"]),
         (("--p95", "0.000001ms"), ["out of range"]),
         (("--max-accuracy-drop", -1), ("max_accuracy_drop is -1",)),
+        (("--max-accuracy-drop", 0, "--confidence-level", 0.9), ("no samples show that there is no drop at all",)),
         (("--confidence-level", 95), ("confidence_level is 95",)),
         (("--by", "surprise"), ("surprise", "max_prob")),
         (("--output", "absent/folder"), ("absent",)),

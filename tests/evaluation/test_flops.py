@@ -279,3 +279,8 @@ def test_a_grey_network_is_counted_on_grey_images():
 def test_a_network_without_exits_is_refused_by_its_class():
     with pytest.raises(ValueError, match="ResNet has no exits"):
         exit_flops(timm.create_model("test_resnet"))
+
+
+def test_heads_of_exits_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"heads names \[99\]; the exits are 0 to 2"):
+        exit_flops(tiny_vgg(), heads=[0, 99])

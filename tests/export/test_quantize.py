@@ -1,6 +1,8 @@
 """int8 files keep early exit, and their thresholds suit the quantized network."""
 
+import json
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -148,3 +150,11 @@ def test_calibration_images_need_classes(model, policy, tmp_path):
             model, tmp_path / "out", policy, images=images(8, 16), calibration=(images(40, 16), torch.zeros(3).long())
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["graph", "last"])
+def test_what_int8_changed_is_json_where_an_exit_is_switched_off(model, calibration, tmp_path, layout):
+    policy = None if layout == "last" else ExitPolicy([0.5, None, float("-inf")])
+    found = export_onnx(model, tmp_path / "out", policy, layout, images=images(8, 16), calibration=calibration)
+    assert found.quantization.thresholds[1:] == (None, 0.0)
+    json.dumps(asdict(found.quantization), allow_nan=False)

@@ -302,6 +302,33 @@ def test_the_file_says_how_to_use_it_and_nothing_of_this_machine(msdnet, tmp_pat
     assert {"interpolation", "crop_pct", "std", "last_exit_macs"} <= facts.keys()
 
 
+@pytest.mark.parametrize("layout", ["graph", "stages"])
+def test_thresholds_that_all_images_reach_are_valid_json_in_the_file(msdnet, batch, tmp_path, layout):
+    """``find_thresholds`` ends with minus infinity, which JSON has no word for."""
+    policy = ExitPolicy([-1.0, 0.7, float("-inf")])
+    run = exported(msdnet, tmp_path / "out", policy, layout)
+    facts = {prop.key: prop.value for prop in onnx.load(next((tmp_path / "out").glob("*.onnx"))).metadata_props}
+    texts = [facts["thresholds"]]
+    if layout == "stages":
+        texts.append(json.dumps(json.loads((tmp_path / "out" / "router.json").read_text())["thresholds"]))
+    assert texts == ["[0.0, 0.7, 0.0]"] * len(texts)
+    assert_same(run(batch.numpy(), floats(policy)), predict(msdnet, batch, policy))
+
+
+def test_with_fewer_images_than_exits_the_deepest_exits_are_verified():
+    logits = torch.randn(5, 2, CLASSES, generator=torch.Generator().manual_seed(0))
+    exits = mixed(ExitPolicy([0.5] * 5), logits).exit_index(logits)
+    assert sorted(exits.tolist()) == [3, 4]
+
+
+@pytest.mark.parametrize(("batch_size", "verified"), [(None, 3), (2, 4)])
+def test_there_are_at_least_as_many_images_of_noise_as_exits(msdnet, tmp_path, monkeypatch, batch_size, verified):
+    monkeypatch.setattr(to_onnx, "VERIFIED", 1)
+    result = export_onnx(msdnet, tmp_path / "out", "half", batch_size=batch_size)
+    assert {sum(check.exit_counts) for check in result.checks} == {verified}
+    assert all(next(check.exit_counts for check in result.checks if check.thresholds == "mixed"))
+
+
 def test_the_preparation_in_the_file_is_that_of_the_networks_channels(tmp_path):
     torch.manual_seed(0)
     model = with_biases(settled(tiny_msdnet(in_chans=1)))

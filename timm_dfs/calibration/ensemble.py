@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..inference.ensemble import MEAN, Weights, check_ensemble, ensemble_logits
-from .logits import check_data, halves
+from .logits import check_data, early_exits, halves
 from .operating_point import Data
 
 DIGITS = 3
@@ -24,13 +24,13 @@ def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Col
     Args:
         val_logits: Validation logits (E, N, C).
         val_targets: Validation targets (N,).
-        exits: The active exits, by default all; weights of others are 0, except for themselves.
+        exits: The active exits, by default all; the last one always is. Weights of others are 0, except for themselves.
 
     Returns:
         For exit k weights of exits 0 … k, of sum 1, for the argument ``ensemble`` of :class:`timm_dfs.ExitPolicy`.
 
     Raises:
-        ValueError: If shapes disagree, logits are not finite, or targets are not classes.
+        ValueError: If shapes disagree, logits are not finite, targets are not classes, or there is no such exit.
 
     Example:
         >>> import torch, timm_dfs
@@ -41,7 +41,8 @@ def fit_ensemble(val_logits: torch.Tensor, val_targets: torch.Tensor, exits: Col
         True
     """
     check_data("val", (val_logits, val_targets))
-    active = set(range(len(val_logits)) if exits is None else exits)
+    last = len(val_logits) - 1
+    active = {*early_exits(exits, len(val_logits)), last}
     rows = []
     for k in range(len(val_logits)):
         used = [j for j in range(k) if j in active and k in active] + [k]

@@ -13,7 +13,7 @@ import torch
 from ..inference.confidence import PATIENCE, confidence_function
 from ..inference.ensemble import ensemble_logits
 from ..inference.policy import ExitPolicy
-from .logits import check_data
+from .logits import check_data, early_exits
 from .operating_point import Data, OperatingPoint, Source, check_flops, measure
 from .seen import fingerprints
 from .threshold_search import ThresholdSearch, Value, at_accuracy, within_budget
@@ -141,7 +141,7 @@ class Fitting:
         if samples < self.num_exits:
             raise ValueError(f"There are {samples} validation samples for {self.num_exits} exits; give more.")
         self.val, self.flops, self.confidence = val, [float(value) for value in flops], confidence
-        self.early = self._check_exits(exits)
+        self.early = early_exits(exits, self.num_exits)
         self.never = ExitPolicy([math.inf] * self.num_exits, confidence, temperatures, ensemble)
         self.temperatures = self.never.temperatures
         self.source = Source(dataset, split, samples)
@@ -158,15 +158,6 @@ class Fitting:
             scaled = logits if temperatures is None else logits / torch.tensor(self.temperatures)[:, None, None]
             confidences = confidence_function(confidence)(scaled)
             self.search = ThresholdSearch(confidences, correct, self.flops, active, keep_active=ensemble is not None)
-
-    def _check_exits(self, exits: Collection[int] | None) -> list[int]:
-        last = self.num_exits - 1
-        if exits is None:
-            return list(range(last))
-        unknown = [k for k in exits if k not in range(self.num_exits)]
-        if unknown:
-            raise ValueError(f"exits names {unknown}; the exits are 0 to {last}.")
-        return sorted(set(exits) - {last})
 
     def point(self, policy: ExitPolicy) -> OperatingPoint:
         """The operating point of a policy."""

@@ -50,6 +50,7 @@ def fit_latency(
         ValueError: If not exactly one limit is given, it is shorter than the first exit takes, or the data do not fit.
     """
     num_exits = len(val[0])
+    check_flops(flops, num_exits)
     check_latencies(latencies, num_exits)
     check_limit(latencies, mean, p95)
     kept = (policy.confidence, policy.temperatures, policy.ensemble)

@@ -102,7 +102,7 @@ class OperatingPoint:
         """The point as ``config.json`` holds it; infinity, which JSON does not know, is written as None."""
         policy = self.policy
         return dict(
-            thresholds=[None if value == math.inf else max(value, 0.0) for value in policy.thresholds],
+            thresholds=policy.json_thresholds,
             confidence=policy.confidence,
             **({"temperatures": list(policy.temperatures)} if policy.temperatures else {}),
             **({"ensemble": _as_lists(policy.ensemble)} if policy.ensemble else {}),

@@ -89,8 +89,7 @@ def control_risk(
         >>> timm_dfs.control_risk(points, held_out, max_accuracy_drop=5).risk
         Risk(max_accuracy_drop=5, confidence_level=0.95, samples=200)
     """
-    if not 0 < max_accuracy_drop < 100:
-        raise ValueError(f"max_accuracy_drop is {max_accuracy_drop}; give percentage points between 0 and 100.")
+    check_shown_drop(max_accuracy_drop)
     if not points or len(points[0].policy.answering) > 1:
         raise ValueError(
             "The first point exits early, so its drop is unknown; give the points of operating_frontier()."
@@ -140,6 +139,15 @@ def _drops(point: OperatingPoint, held_out: Data, confidence_level: float) -> to
     drops = (logits[-1].argmax(-1) == targets).double() - correct.gather(0, policy.exit_index(logits)[None])[0]
     # Bets are placed sample by sample: in the order of a folder of classes, easy ones first could win them all.
     return drops[torch.randperm(len(drops), generator=torch.Generator().manual_seed(0)).to(drops.device)]
+
+
+def check_shown_drop(max_accuracy_drop: float) -> None:
+    """Raise ``ValueError`` unless samples could show a drop of at most so many percentage points."""
+    if not 0 < max_accuracy_drop < 100:
+        raise ValueError(
+            f"max_accuracy_drop is {max_accuracy_drop}; give percentage points above 0 and below 100: no samples show "
+            "that there is no drop at all."
+        )
 
 
 def check_confidence_level(confidence_level: float) -> None:

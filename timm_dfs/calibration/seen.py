@@ -5,6 +5,7 @@ Logits computed anew on another machine or in other batches differ in their last
 hold no samples; the names of their data set and split are compared.
 """
 
+import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def _rows(logits: torch.Tensor) -> list[bytes]:
 def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -> None:
     """Raise ``ValueError`` if one of the presets says that it was fitted on images of this split of this data set.
 
+    Where it names a split that may share images with this one, but no data set, this is warned of.
+
     A folder ``/data/cifar100``, ``cifar100`` or ``torch/cifar100`` is taken for a copy of the Hub's
     ``uoft-cs/cifar100``, because it is called like it. A folder that exists is the same by each of its paths, and the
     split ``.`` of a folder ``data/val`` is the split ``val`` of the folder ``data``.
@@ -60,6 +63,12 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
             raise ValueError(
                 f"The preset {name!r} was fitted on {fitted[1]} of {fitted[0] or dataset}, and its images in {split} "
                 f"of {dataset} would flatter it; give a split without them."
+            )
+        if fitted[1] and not fitted[0] and overlap(standard(*fitted), standard(dataset, split)) is not False:
+            warnings.warn(
+                f"The preset {name!r} was fitted on a split {fitted[1]!r} of a data set that it does not name; if that "
+                f"is {dataset}, images in {split} flatter it.",
+                stacklevel=2,
             )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..calibration.fit import check_accuracy_drop, check_budget
-from ..calibration.risk import check_confidence_level
+from ..calibration.risk import check_confidence_level, check_shown_drop
 from ..evaluation.flops import Costs
 from ..inference.confidence import CONFIDENCES, PATIENCE
 from ..inference.policy import ExitPolicy
@@ -67,6 +67,8 @@ def check_points(
         check_budget(value, costs.of_exits(lazy=True))
     for drop in drops or ():
         check_accuracy_drop(drop)
+        if confidence_level is not None:
+            check_shown_drop(drop)
     if confidence_level is not None:
         check_confidence_level(confidence_level)
     return budgets

@@ -7,7 +7,7 @@ import torch
 
 from ..base.evaluating import as_images, evaluating, require_classes, require_exits
 from ..base.model import MultiExitModel
-from ..calibration.logits import check_finite, check_targets, warn_of_probabilities
+from ..calibration.logits import check_finite, check_on_cpu, check_targets, warn_of_probabilities
 
 
 def collect_logits(
@@ -148,8 +148,9 @@ def reliability(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> 
         bins: Number of equally wide bins of confidence, the largest softmax probability; a bin includes its upper end.
 
     Raises:
-        ValueError: If shapes disagree, there is no sample, or ``bins`` is not positive.
+        ValueError: If shapes disagree, there is no sample, ``bins`` is not positive, or tensors are not on the CPU.
     """
+    check_on_cpu(logits, targets)
     _check(logits, targets)
     if bins < 1:
         raise ValueError(f"bins is {bins}; give at least 1.")
@@ -175,8 +176,9 @@ def risk_coverage(logits: torch.Tensor, targets: torch.Tensor) -> list[tuple[tor
         probability, from the most confident samples alone to all. Samples of equal confidence are taken together.
 
     Raises:
-        ValueError: If shapes disagree or there is no sample.
+        ValueError: If shapes disagree, there is no sample, or tensors are not on the CPU.
     """
+    check_on_cpu(logits, targets)
     _check(logits, targets)
     warn_of_probabilities(logits)
     confidence, predicted = logits.softmax(-1, dtype=torch.float32).max(-1)

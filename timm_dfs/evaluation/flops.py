@@ -145,6 +145,8 @@ class Costs:
     def of_exits(self, lazy: bool = False, heads: Collection[int] | None = None) -> list[int]:
         """Costs up to and including each exit, as :func:`exit_flops` gives them."""
         heads = range(self.num_exits) if heads is None else heads
+        if unknown := [k for k in heads if k not in range(self.num_exits)]:
+            raise ValueError(f"heads names {unknown}; the exits are 0 to {self.num_exits - 1}.")
         return [self._up_to(k, lazy, heads) for k in range(self.num_exits)]
 
     def of_last_exit_alone(self) -> int:
@@ -200,9 +202,9 @@ def exit_flops(
 ) -> list[int]:
     """Multiply-adds for one image up to and including each exit, heads of the exits before it included.
 
-    Counted by fvcore: one multiply-add is one; convolution, linear, attention, norm, average pooling and interpolation
-    count, elementwise operations and max-pooling do not. The network is traced once, in its own precision, whatever
-    autocast says.
+    Counted by fvcore: one multiply-add is one; convolution, linear, attention, norm, adaptive average pooling and
+    interpolation count, elementwise operations and pooling in windows do not. The network is traced once, in its own
+    precision, whatever autocast says.
 
     Args:
         model: A network with exits.
@@ -216,8 +218,8 @@ def exit_flops(
         One count per exit, shallow to deep.
 
     Raises:
-        ValueError: If an operator has a cost that fvcore cannot count, or ``input_size`` is not three positive
-            numbers.
+        ValueError: If an operator has a cost that fvcore cannot count, ``input_size`` is not three positive numbers, or
+            ``heads`` names an exit that is not there.
 
     Example:
         >>> import timm, timm_dfs

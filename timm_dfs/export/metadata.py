@@ -1,7 +1,6 @@
 """Metadata of an exported file: preparation of images, labels, policy, costs and versions."""
 
 import json
-import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -57,7 +56,7 @@ def describe(
             exits=policy.answering,
             preset=preset,
             confidence=policy.confidence,
-            thresholds=[None if value == math.inf else value for value in policy.thresholds],
+            thresholds=policy.json_thresholds,
             temperatures=policy.temperatures,
             ensemble=policy.ensemble,
             exit_macs=[costs[k] for k in policy.answering],
@@ -79,7 +78,9 @@ def to_model(graph: Any, opset: int, facts: dict[str, Any]) -> Any:
         producer_name="timm_dfs",
         producer_version=__version__,
     )
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, allow_nan=False) for key, value in facts.items()
+    }
     onnx.helper.set_model_props(model, texts)
     try:
         onnx.checker.check_model(model, full_check=True)

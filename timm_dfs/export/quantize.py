@@ -34,14 +34,14 @@ class Quantization:
         accuracy: Top-1 of the policy, percent: in float32, in int8.
         last_exit_accuracy: The same of the last exit.
         exit_counts: Images that left at each exit: in float32, in int8 with the new thresholds.
-        thresholds: Those thresholds.
+        thresholds: Those thresholds, ``None`` where an exit is switched off.
     """
 
     samples: int
     accuracy: tuple[float, float]
     last_exit_accuracy: tuple[float, float]
     exit_counts: tuple[tuple[int, ...], tuple[int, ...]]
-    thresholds: tuple[float, ...]
+    thresholds: tuple[float | None, ...]
 
 
 def quantize(network: Network, images: torch.Tensor) -> Network:
@@ -138,7 +138,7 @@ def refit(policy: ExitPolicy, before: torch.Tensor, after: torch.Tensor, targets
         ),
         last_exit_accuracy=(_top1(before, last, targets), _top1(after, last, targets)),
         exit_counts=(tuple(counts), tuple(torch.bincount(exits_after, minlength=len(before)).tolist())),
-        thresholds=new.thresholds,
+        thresholds=tuple(new.json_thresholds),
     )
 
 

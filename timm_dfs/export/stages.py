@@ -84,7 +84,7 @@ def rules(policy: ExitPolicy) -> dict[str, Any]:
     """How a policy decides, as ``router.json`` holds it."""
     return dict(
         confidence=policy.confidence,
-        thresholds=[None if value == float("inf") else value for value in policy.thresholds],
+        thresholds=policy.json_thresholds,
         temperatures=policy.temperatures and list(policy.temperatures),
         weights=None
         if policy.ensemble is None

@@ -11,7 +11,7 @@ from ..base.model import MultiExitModel
 from ..evaluation.bench import LAST_EXIT, Way, policy_costs
 from ..evaluation.flops import last_exit_flops
 from ..inference.policy import ExitPolicy
-from .to_onnx import MODEL_FILE, export_onnx, open_session
+from .to_onnx import MODEL_FILE, VERIFIED, export_onnx, open_session
 
 RUNTIME = "ONNX Runtime"
 
@@ -42,7 +42,7 @@ def onnx_ways(
     folder, counted = Path(folder), counted or model
     given = images.contiguous()
     whole = torch.full((len(images),), float(last_exit_flops(counted, tuple(images.shape[1:]))), dtype=torch.float64)
-    export_onnx(model, folder / "last", layout="last", images=images[:8])
+    export_onnx(model, folder / "last", layout="last", images=images[:VERIFIED])
     last = f"{RUNTIME}, last exit"
     ways = {f"{LAST_EXIT}, ONNX": Way(_runner(_session(folder / "last")), given, whole, is_whole=True, pool=last)}
     sessions: dict[str, Any] = {}
@@ -52,7 +52,7 @@ def onnx_ways(
         graph = graph_of(policy)
         if graph not in sessions:
             place = folder / f"graph_{len(sessions)}"
-            export_onnx(model, place, policy, images=images[:8])
+            export_onnx(model, place, policy, images=images[: max(VERIFIED, len(policy.answering))])
             sessions[graph] = _session(place)
         thresholds = np.asarray(policy.thresholds, np.float32)
         ways[f"{name}, ONNX"] = Way(

@@ -75,7 +75,7 @@ def export_executorch(
     policy = policy_of(model, policy, "stages")
     require("executorch.exir", EXTRA)
     exported = plain(model)
-    images = as_images(exported, noise(model, VERIFIED) if images is None else images)
+    images = as_images(exported, noise(model, max(VERIFIED, len(policy.answering))) if images is None else images)
     if not len(images):
         raise ValueError("There are 0 images to verify with; give at least one.")
     warn_of_untrained(model, policy)
@@ -89,7 +89,7 @@ def export_executorch(
     with new_folder(folder) as partial:
         for name, program in zip(names, _lowered(stages, images[:1])):
             (partial / name).write_bytes(program)
-        (partial / ROUTER_FILE).write_text(json.dumps({**about, **facts}, indent=1) + "\n")
+        (partial / ROUTER_FILE).write_text(json.dumps({**about, **facts}, indent=1, allow_nan=False) + "\n")
         shutil.copy(Path(__file__).with_name("router.py"), partial)
         try:
             run = runner(partial, "stages", model.num_exits)

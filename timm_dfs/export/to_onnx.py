@@ -32,7 +32,7 @@ LAYOUTS = ("graph", "stages", "last")
 MODEL_FILE, ROUTER_FILE = "model.onnx", "router.json"
 
 VERIFIED = 8
-"""Images of noise to verify with."""
+"""Images of noise to verify with, unless there are more exits."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def export_onnx(
     - ``"last"``: one ``model.onnx`` without early exits, to compare with. Output: ``logits``.
 
     Exits that the policy never uses are left out of the files. With an ensemble, every exit of the files contributes to
-    those after it, whatever threshold it is given later.
+    those after it, whatever threshold it is given later; with patience, every one counts.
 
     Args:
         model: A network with exits. The files hold its weights in float32, batch norms folded.
@@ -125,7 +125,7 @@ def export_onnx(
     require("onnxruntime")
     exported = plain(model)
     if images is None:
-        images = noise(model, VERIFIED if batch_size is None else batch_size * -(-VERIFIED // batch_size))
+        images = noise(model, batches(max(VERIFIED, len(policy.answering)), batch_size or 1))
     images = as_images(exported, images)
     if (batch_size is not None and len(images) % batch_size) or not len(images):
         raise ValueError(f"There are {len(images)} images to verify with; give a multiple of {batch_size or 1}.")
@@ -167,7 +167,7 @@ def export_onnx(
             about = dict(routing(network, stages, policy, list(graphs)), **facts)
             if batch_size is not None:
                 about["batch_size"] = batch_size
-            (partial / ROUTER_FILE).write_text(json.dumps(about, indent=1) + "\n")
+            (partial / ROUTER_FILE).write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
             shutil.copy(Path(__file__).with_name("router.py"), partial)
         run = runner(partial, layout, model.num_exits)
 
@@ -214,6 +214,11 @@ def noise(model: MultiExitModel, count: int) -> torch.Tensor:
     """Noise (count, C, H, W) as images in the size of the model's input."""
     size = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
+def batches(least: int, batch_size: int) -> int:
+    """The least multiple of ``batch_size`` that is at least ``least``."""
+    return batch_size * -(-least // batch_size)
 
 
 def check_arguments(model: Any, folder: Path, layout: str, batch_size: int | None, softmax: bool) -> None:

@@ -131,7 +131,7 @@ def mixed(policy: ExitPolicy, logits: torch.Tensor) -> ExitPolicy:
     share, left = divmod(logits.shape[1], len(policy.answering))
     counts = [0] * len(logits)
     for place, k in enumerate(policy.answering):
-        counts[k] = share + (place < left)
+        counts[k] = share + (place >= len(policy.answering) - left)  # the last exit first: all before it run with it
     start = [None if k not in policy.answering else 0.0 if counts[k] else 1.0 for k in range(len(logits))]
     return leaving_at(policy.with_thresholds(start), logits, counts)
 

@@ -135,6 +135,11 @@ class ExitPolicy:
             k for k, threshold in enumerate(self.thresholds) if threshold <= self.highest_confidence or k == last
         )
 
+    @property
+    def json_thresholds(self) -> list[float | None]:
+        """The thresholds as JSON holds them: ``None`` for infinity, and 0, which every confidence reaches, for less."""
+        return [None if value == math.inf else max(value, 0.0) for value in self.thresholds]
+
     def begin(self) -> Decision:
         """The decisions for one batch, which is at its first exit."""
         return Decision(self)

@@ -293,6 +293,13 @@ def test_the_bases_weights_get_fresh_exits_and_one_warning(base):
 
 
 @pytest.mark.filterwarnings("ignore:dfs_test_resnet has the weights")
+def test_a_whole_config_may_name_the_file_of_the_bases_weights(base):
+    model, file = base
+    config = dict(twin().pretrained_cfg, file=str(file), num_classes=CLASSES, classifier="fc", first_conv="conv1.0")
+    assert torch.equal(twin(pretrained=True, pretrained_cfg=config).eval()(x()), model(x()))
+
+
+@pytest.mark.filterwarnings("ignore:dfs_test_resnet has the weights")
 def test_the_bases_weights_get_other_classes(base):
     model, file = base
     other = loaded(file, num_classes=9)

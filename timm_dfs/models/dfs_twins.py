@@ -110,6 +110,8 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     if cfg.state_dict:  # timm removes the prefixes of wrappers from a file's keys only
         cfg = replace(cfg, state_dict=clean_state_dict(cfg.state_dict))
         overlay = dict(overlay or {}, state_dict=cfg.state_dict)
+    elif cfg.file:  # also where it is not the overlay but the whole config that names it
+        overlay = dict(overlay or {}, file=cfg.file)
     trained_args = kwargs.pop("pretrained_model_args", None) or {}
     objective, kwargs = take_settings(kwargs)
     drop_rate = kwargs.get("drop_rate", 0.0)

@@ -77,6 +77,26 @@ def test_images_of_a_similar_size_give_no_warning(size):
         timm_dfs.predict(tiny_vgg(), images(1, size=size), timm_dfs.ExitPolicy([0, 0, 0]))
 
 
+def test_values_from_0_to_255_give_one_warning_for_each_model():
+    policy = timm_dfs.ExitPolicy([0, 0, 0])
+    photographs = (images(2).sigmoid() * 255).round()
+    for _ in range(2):
+        model = tiny_vgg()
+        with pytest.warns(UserWarning, match=r"An image has the value 2\d\d, where white is 2.\d+: divide") as caught:
+            for _ in range(2):
+                timm_dfs.predict(model, photographs, policy)
+        assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_normalised_images_and_noise_give_no_warning():
+    model = tiny_vgg()
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    for batch in (images(64), (images(4).sigmoid().round() - mean) / std, 3 * images(4), images(4)[:0]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            timm_dfs.predict(model, batch, timm_dfs.ExitPolicy([0, 0, 0]))
+
+
 class Mixing(nn.Module):
     """A layer that keeps a tensor from its last forward pass, and adds one that is always on the CPU."""
 

@@ -1,6 +1,7 @@
 """Evaluation of a model: eval mode for a limited time, checks of inputs, and forward passes on shapes alone."""
 
 import logging
+import math
 import threading
 import warnings
 import weakref
@@ -23,6 +24,10 @@ MOST_RESIZED = 3
 """Largest factor, without a warning, between the size of images and the size that the model was built for. Evaluation
 at a somewhat larger size than in training is common (FixRes, arXiv 1906.06423)."""
 
+MOST_BRIGHT = 10
+"""Largest value of an image, without a warning, as a multiple of white's. White among values from 0 to 255 is 50 to 250
+times as large."""
+
 Result = TypeVar("Result")
 
 _LOCKS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
@@ -33,6 +38,8 @@ _LOCKS_CHANGE = threading.Lock()
 _FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 _warned_of_size: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+_warned_of_values: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 @contextmanager
@@ -97,7 +104,8 @@ def require_classes(model: nn.Module) -> None:
 def as_images(model: MultiExitModel, x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` on the model's device and in its data type.
 
-    Warns once for each model if images are much larger or smaller than those it was built for.
+    Warns once for each model if images are much larger or smaller than those it was built for, or if the values of the
+    first are too large to be normalised as the model's ``pretrained_cfg`` says.
 
     Raises:
         ValueError: Unless ``x`` is a floating-point batch (B, in_chans, H, W).
@@ -109,6 +117,7 @@ def as_images(model: MultiExitModel, x: torch.Tensor) -> torch.Tensor:
     if not x.is_floating_point():
         raise ValueError(f"x has data type {x.dtype}; give images normalised as the model's pretrained_cfg says.")
     _check_size(model, x.shape[2:])
+    _check_values(model, x)
     return x.to(next(model.parameters()))
 
 
@@ -122,6 +131,23 @@ def _check_size(model: MultiExitModel, size: Sequence[int]) -> None:
         warnings.warn(
             f"Images are {size[0]} x {size[1]} pixels, but this model was built for {built_for[0]} x {built_for[1]}; "
             "resize them, unless it was trained at their size.",
+            stacklevel=4,
+        )
+
+
+def _check_values(model: nn.Module, x: torch.Tensor) -> None:
+    """Warn, once for each model, if the first of images (B, C, H, W) was not normalised; to check all takes longer."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean"), config.get("std")
+    if not mean or not std or not len(x) or x.is_meta or model in _warned_of_values:
+        return
+    white = max((1 - m) / s for m, s in zip(mean, std))
+    largest = x[0].amax().item()
+    if MOST_BRIGHT * white < largest < math.inf:
+        _warned_of_values.add(model)
+        warnings.warn(
+            f"An image has the value {largest:g}, where white is {white:.2f}: divide values from 0 to 255 by 255, and "
+            f"normalise them with mean {tuple(mean)} and std {tuple(std)}.",
             stacklevel=4,
         )
 

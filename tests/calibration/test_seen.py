@@ -135,6 +135,11 @@ def test_a_split_of_the_test_data_is_known_by_its_name(split, test):
     assert is_test(split) == test
 
 
+@pytest.mark.parametrize("dataset", ["torch/image_folder", "torch/folder", "torch/imagenet"])
+def test_torchvision_reads_the_validation_split_of_other_data_sets_as_such(dataset):
+    assert not is_test("val", dataset) and not is_test("validation[:10]", dataset) and is_test("test", dataset)
+
+
 def test_of_torchvisions_splits_only_train_is_not_test():
     assert is_test("validation", "torch/cifar10") and is_test("train+validation", "torch/cifar10")
     assert not is_test("train[:9]", "torch/cifar10") and not is_test("validation", "hfds/x")

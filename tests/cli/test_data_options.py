@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from timm_dfs.cli import app
 from timm_dfs.cli.base import create, repeat_options
-from timm_dfs.cli.source import DataOptions, data_of
-from timm_dfs.data.datasets import follow_run
+from timm_dfs.cli.source import DataOptions, data_of, trained_split
+from timm_dfs.data.datasets import dataset_loader, follow_run
 from timm_dfs.training.run import read_run
 
 TINY = dict(depths=(1, 2), widths=(6, 8))
@@ -135,6 +135,12 @@ def test_a_size_that_the_network_does_not_take_is_refused_with_the_remedy(option
         DataOptions(**options).prepare(model)
 
 
+@pytest.mark.parametrize("share", [0.0, 90.0, -1.0, float("nan")])
+def test_a_crop_that_is_no_share_is_refused_by_value(share):
+    with pytest.raises(ValueError, match=r"--crop-pct is .*; give a share above 0 and at most 1"):
+        DataOptions(crop_pct=share).prepare(tiny_vgg())
+
+
 def test_eval_measures_what_was_asked_for(checkpoint):
     shown = run("eval", checkpoint, "--split", "train[:4]", "--mean", "0", "0", "0", "--workers", 0, "--json")
     assert shown.exit_code == 0, shown.output
@@ -207,3 +213,35 @@ def test_a_moving_average_that_train_py_did_not_validate_is_warned_of(checkpoint
     follow_run(model, validated)
     with pytest.warns(UserWarning, match="--model-ema-force-cpu"):
         follow_run(model, other)
+
+
+def test_training_images_are_known_by_the_name_of_their_folder(checkpoint, folder):
+    def where(split, root):
+        return dict(dataset="", root=str(root), split=split)
+
+    assert trained_split(checkpoint, where(".", folder / "train"), ".") == "train"
+    assert trained_split(checkpoint, where(".", folder / "train"), ".[:2]") == "train"
+    assert trained_split(checkpoint, where("train[:2]", folder), "train[:2]") == "train"
+    for split, root in ((".", folder / "validation"), ("validation", folder), (".", folder)):
+        assert trained_split(checkpoint, where(split, root), split) is None
+
+
+def test_a_frozen_last_exit_keeps_its_classes_whatever_folders_its_exits_learned_from(folder, tmp_path):
+    """Without labels, all photographs may lie in one folder."""
+    (tmp_path / "train" / "all").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "train" / "all" / "0.png")
+    (tmp_path / "val").symlink_to(folder / "validation")
+    frozen = dict(train_backbone=False, loss_weights=[1, 1, 0], distill_weight=1.0)
+    arguments = argparse.Namespace(
+        model="dfs_vgg7_cifar100", num_classes=3, model_kwargs={**TINY, **frozen}, dataset="", data_dir=str(tmp_path),
+        train_split="train", val_split="val", class_map="",
+    )  # fmt: skip
+    model = timm.create_model("dfs_vgg7_cifar100", num_classes=3, **TINY)
+    model.pretrained_cfg["label_names"] = names = ("elm", "fir", "ash")  # not alphabetical
+    file = tmp_path / "last.pth.tar"
+    torch.save(dict(epoch=0, args=arguments, state_dict=model.state_dict()), file)
+    follow_run(model, read_run(file))
+    assert model.pretrained_cfg["label_names"] == names
+    loader = dataset_loader(model, **data_of(str(file), None), batch_size=9, workers=0)
+    ((_, targets),) = loader
+    assert targets.tolist() == [2, 2, 0, 0, 1, 1]

@@ -112,6 +112,13 @@ def test_a_split_that_does_not_exist_is_refused_with_those_that_do(folder, cifar
         open_dataset("torch/cifar10", cifar10, "dev")
 
 
+@pytest.mark.parametrize("split", ["train[2_0:]", "train[5: ]", "train[:0.5]", "train[5]", "train[5:", "train[1:9:2]"])
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder", "torch/cifar10"])
+def test_what_is_no_slice_is_refused_and_not_taken_for_the_whole_split(folder, dataset, split):
+    with pytest.raises(ValueError, match=r"split is .*; give a slice in whole numbers or percent"):
+        open_dataset(dataset, folder, split)
+
+
 def test_an_empty_slice_is_refused(folder):
     with pytest.raises(ValueError, match="20 samples; the slice is empty"):
         open_dataset("", folder, "train[500:]")

@@ -11,7 +11,7 @@ from helpers import ROOT, images, settled, tiny_vgg
 import timm_dfs
 from timm_dfs.data.cifar100 import LABEL_NAMES
 from timm_dfs.data.datasets import dataset_loader
-from timm_dfs.data.images import labels_of
+from timm_dfs.data.images import given_labels, labels_of
 from timm_dfs.hub import card
 from timm_dfs.hub import folder as hub
 from timm_dfs.hub.both_parts import both_parts
@@ -189,3 +189,14 @@ def test_presets_fitted_at_another_size_than_the_rebuilt_network_takes_are_not_w
     built.presets = model.presets
     timm_dfs.write_presets(built, tmp_path / "rebuilt")
     assert hub.load(f"local-dir:{tmp_path / 'rebuilt'}").pretrained_cfg["input_size"] == (3, 128, 128)
+
+
+@pytest.mark.parametrize("names", [{"2": "cat", "0": "ant", "1": "bee"}, {2: "cat", 1: "bee", 0: "ant"}])
+def test_names_of_classes_may_be_a_dict_by_number_as_timm_takes_them(names, tmp_path):
+    model = settled(tiny_vgg(num_classes=3))
+    model.pretrained_cfg["label_names"] = names
+    assert given_labels(model) == ("ant", "bee", "cat")
+    hub.write_weights(model, tmp_path / "folder")
+    assert labels_of(timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True)) == ("ant", "bee", "cat")
+    model.pretrained_cfg["label_names"] = {"ant": 0, "bee": 1, "cat": 2}  # the other way round
+    assert given_labels(model) == ()

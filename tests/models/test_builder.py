@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from torch import nn
 
+from timm_dfs import write_presets
 from timm_dfs.hub import folder as hub
 from timm_dfs.models._builder import pretrained_cfgs
 from timm_dfs.pretrained import packaged
@@ -497,3 +498,14 @@ def test_features_only_loads_weights_too(make, tmp_path):
     backbone = [key for key in loaded_state if not key.startswith("heads.")]
     assert {key for key in state if not key.startswith("heads.")} == set(backbone)
     assert all(torch.equal(loaded_state[key], state[key]) for key in backbone)
+
+
+@pytest.mark.parametrize(("name", "exits"), [("dfs_msdnet_imagenet", 5), ("dfs_vgg16_imagenet", 13)])
+def test_presets_come_back_where_the_architecture_sets_the_number_of_exits(name, exits, tmp_path):
+    widths = dict(stem_width=4, growth_rate=4) if "msdnet" in name else dict(widths=(4,) * 5)
+    model = timm.create_model(name, num_classes=3, **widths)
+    assert model.num_exits == exits
+    model.presets = {"fast": dict(thresholds=[0.5] * (exits - 1) + [0.0])}
+    write_presets(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path}/saved", pretrained=True)
+    assert again.presets == model.presets and again.num_exits == exits

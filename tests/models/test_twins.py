@@ -316,8 +316,13 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"foo.weight": torch.ones(1)}, tmp_path / "foo.pth")
     with pytest.raises(ValueError, match=r"foo.pth are neither dfs_test_resnet's nor test_resnet's"):
         loaded(tmp_path / "foo.pth")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"There is no weights file .*absent.pth"):
         loaded(tmp_path / "absent.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
+    torch.save(nn.Linear(1, 1), tmp_path / "pickled.pth")
+    for name in ("cut.safetensors", "pickled.pth"):
+        with pytest.raises(ValueError, match=rf"Cannot load .*{name} into dfs_test_resnet: .*safetensors file or"):
+            loaded(tmp_path / name)
 
 
 def test_the_config_names_what_timm_adapts():

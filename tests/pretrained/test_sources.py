@@ -11,9 +11,10 @@ import timm
 import torch
 from helpers import CLASSES, PRESETS, published, settled, tiny_vgg, twin
 from hub_server import FAULTS, Fault, Repository, hub_server, use
+from timm.data import resolve_model_data_config
 
 import timm_dfs  # noqa: F401
-from timm_dfs.hub.folder import full_name, load
+from timm_dfs.hub.folder import full_name, load, write_weights
 from timm_dfs.models import dfs_twins
 from timm_dfs.pretrained.sources import resolve
 
@@ -92,6 +93,30 @@ def test_the_variable_wins_over_packaged_weights_and_loses_to_a_named_file(tmp_p
     overlay = dict(file=str(folder / "model.safetensors"), num_classes=CLASSES)
     settings = dict(depths=(1, 2), widths=(6, 8), num_classes=CLASSES)
     assert same(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **settings), model)
+
+
+def test_what_the_registered_config_says_of_tests_does_not_hold_for_weights_that_do_not_say_it(tmp_path, monkeypatch):
+    """timm's weights are to be tested at 256 px; the twin's own were trained at 96 px."""
+    name = "dfs_mobilenetv4_conv_small_050"
+    assert timm.get_pretrained_cfg(name).test_input_size == (3, 256, 256)
+    model = settled(timm.create_model(name, num_classes=CLASSES, exits=3))
+    model.pretrained_cfg.update(input_size=(3, 96, 96), test_input_size=None, test_crop_pct=None)
+    write_weights(model, tmp_path / name)
+    monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path))
+    again = timm.create_model(name, pretrained=True)
+    assert resolve_model_data_config(again, use_test_size=True)["input_size"] == (3, 96, 96)
+
+
+@pytest.mark.parametrize(
+    "overlay", [dict(input_size=(3, 64, 64)), dict(mean=(0.1, 0.2, 0.3)), dict(crop_pct=0.5)], ids=str
+)
+def test_presets_are_dropped_where_the_caller_prepares_images_in_another_way(overlay, folder, monkeypatch):
+    monkeypatch.setenv("TIMM_DFS_HUB", str(folder.parent))
+    own = timm.create_model(NAME, pretrained=True).pretrained_cfg
+    same_as_before = {key: own[key] for key in ("input_size", "mean", "std", "crop_pct")}
+    assert timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=same_as_before).presets == PRESETS
+    with pytest.warns(UserWarning, match=f"Dropped the presets .* another {next(iter(overlay))}"):
+        assert timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay).presets == {}
 
 
 def test_a_repository_named_in_the_pretrained_config_is_used_where_nothing_is_packaged(folder, model, server):

@@ -1,5 +1,7 @@
 """Encoders without a classifier get one, and exits."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -65,7 +67,18 @@ def test_encoders_that_take_no_dropout_get_it_before_their_classifiers():
         pretrained_cfg_overlay=dict(state_dict=model.state_dict()),
         **small,
     )
-    assert torch.equal(again.backbone.head.fc.weight, model.backbone.head.fc.weight)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fewer = timm.create_model(
+            "dfs_gemma4_vit_167m_enc",
+            pretrained=True,
+            img_size=96,
+            pretrained_cfg_overlay=dict(state_dict=model.state_dict()),
+            **dict(small, num_classes=3),
+        )
+    assert [answer.shape[1] for answer in fewer.forward_exits(torch.zeros(1, 3, 96, 96))] == [3, 3]
 
 
 def test_an_encoders_twin_takes_the_dropout_that_train_py_gives_every_model(name):

@@ -59,7 +59,7 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
         fitted = source.get("dataset") or "", source.get("split")
-        if fitted[1] and (_overlap(fitted, (dataset, split)) or _overlap(_named(*fitted), _named(dataset, split))):
+        if fitted[1] and (_overlap(fitted, (dataset, split)) or _overlap(by_name(*fitted), by_name(dataset, split))):
             raise ValueError(
                 f"The preset {name!r} was fitted on {fitted[1]} of {fitted[0] or dataset}, and its images in {split} "
                 f"of {dataset} would flatter it; give a split without them."
@@ -77,7 +77,7 @@ def _overlap(fitted: tuple[str, str], read: tuple[str, str]) -> bool:
     return _same_data(fitted[0], read[0]) and overlap(standard(*fitted), standard(*read)) is not False
 
 
-def _named(dataset: str, split: str) -> tuple[str, str]:
+def by_name(dataset: str, split: str) -> tuple[str, str]:
     """A folder of class folders, which is read as split ``.``, as the split of its name in the folder around it."""
     name, bracket, ends = split.partition("[")
     if name != ".":
@@ -126,10 +126,10 @@ def is_test(split: str, dataset: str = "", root: str | None = None) -> bool:
 
     Args:
         split: Name of the split, perhaps with a slice, or several joined by ``+``.
-        dataset: timm's name of the data set. Of torchvision's, timm reads the test images for every split but train.
+        dataset: timm's name of the data set. Of torchvision's with two splits, timm reads the test images for every
+            split but train.
         root: Root of a folder; the split ``.`` of a folder called ``test`` is taken for test data.
     """
     if not dataset and root:
-        split = _named(root, split)[1]
-    names = {part.partition("[")[0].strip() for part in split.split("+")}
-    return "test" in names or (dataset.lower().startswith("torch/") and not names <= {"train", "training"})
+        split = by_name(root, split)[1]
+    return "test" in {standard(dataset, part.strip()).partition("[")[0].strip() for part in split.split("+")}

@@ -15,11 +15,12 @@ from rich.progress import track
 from timm.data import resolve_data_config, str_to_interp_mode
 
 from ..base.model import MultiExitModel
+from ..calibration.seen import by_name
 from ..data.datasets import training_classes
 from ..data.images import adapted, drop_test_preparation
 from ..data.shards import WHOLE, Shard, launched_processes
 from ..data.splits import overlap, read_by_train, standard
-from ..training.run import read_run
+from ..training.run import TrainingRun, read_run
 
 InputKey = Annotated[str | None, typer.Option(help="Column of the images in an hfds/ data set; else CIFAR-100's, img.")]
 TargetKey = Annotated[
@@ -84,7 +85,7 @@ class DataOptions:
             ValueError: If a value does not fit the model's channels, or is no interpolation of timm's; or if the model
                 takes no images of the size given.
         """
-        given = {name: getattr(self, name) for name in _PREPARATION if getattr(self, name)}
+        given = {name: value for name in _PREPARATION if (value := getattr(self, name)) is not None}
         if not given:
             return
         if self.interpolation is not None:
@@ -94,6 +95,8 @@ class DataOptions:
                 raise ValueError(
                     f"--interpolation is {self.interpolation!r}; give bilinear, bicubic, nearest or another of timm's."
                 ) from None
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"--crop-pct is {self.crop_pct}; give a share above 0 and at most 1, e.g. 0.875.")
         if self.input_size is None:
             given["in_chans"] = model.in_chans
         try:
@@ -168,7 +171,8 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
             f"torchrun started {launched_processes()} processes, but only timm-dfs eval divides a data set among "
             "processes; run this command without torchrun."
         )
-    run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
+    record = read_run(Path(model_name)) if Path(model_name).is_file() else TrainingRun("")
+    run = record.arguments
     data = {key: run[flag] for key, flag in _OF_RUN.items() if run.get(flag) not in (None, "")}
     data.setdefault("root", run.get("data"))
     if "split" in data:
@@ -193,7 +197,7 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
     data["split"] = data.get("split") or default_split
     if data["split"] is None:
         raise ValueError("Which split? Give --split, held out of training, e.g. 'train[45000:]'.")
-    if run and not moved and not data["dataset"] and not data.get("class_map"):
+    if run and not moved and not data["dataset"] and not data.get("class_map") and not record.keeps_classes:
         data["class_map"] = training_classes(run)
     if data["dataset"].startswith("hfds/"):
         try:
@@ -221,8 +225,12 @@ def trained_split(model_name: str, where: dict[str, Any], split: str) -> str | N
     run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
     dataset, trained = run.get("dataset") or "", run.get("train_split")
     trained = trained and standard(dataset, read_by_train(dataset, trained))
-    shared = trained and dataset == where["dataset"] and overlap(trained, standard(dataset, split))
-    return trained if shared else None
+    if not trained or dataset != where["dataset"]:
+        return None
+    if not dataset:  # of a folder that is read as split "." the name tells what it is
+        split = by_name(where["root"] or "", split)[1]
+        trained = by_name(run.get("data_dir") or run.get("data") or "", trained)[1]
+    return trained if overlap(trained, standard(dataset, split)) else None
 
 
 def described(split: str, where: dict[str, Any]) -> str:

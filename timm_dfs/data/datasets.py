@@ -74,8 +74,12 @@ def open_dataset(
     Raises:
         ValueError: If there is no such split; the message lists those that exist.
     """
-    matched = _SLICE.fullmatch(split)
-    ours = matched is not None and not dataset.lower().startswith(_NATIVE_SLICES)
+    matched, native = _SLICE.fullmatch(split), dataset.lower().startswith(_NATIVE_SLICES)
+    if "[" in split and matched is None and not native:
+        raise ValueError(
+            f"split is {split!r}; give a slice in whole numbers or percent, as 'train[45000:]', 'train[:10%]'."
+        )
+    ours = matched is not None and not native
     name = matched["name"] if ours and matched else split
     if ours and is_stream(dataset):
         raise ValueError(f"split is {split!r}; a stream cannot be sliced, give a whole split of {dataset!r}.")
@@ -199,8 +203,9 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
     """Prepare images and name classes as a run of ``train.py`` did, by the model's ``pretrained_cfg``.
 
     Input size, mean, standard deviation, crop and interpolation are what ``train.py`` validated with. Names of the
-    classes are those of its training split, if that is at hand, else numbers. A run that was given slices which
-    ``train.py`` does not read causes a warning, and so does one whose moving average it did not validate.
+    classes are those of its training split, if that is at hand, else numbers; a frozen last exit keeps its own. A run
+    that was given slices which ``train.py`` does not read causes a warning, and so does one whose moving average it did
+    not validate.
 
     Args:
         model: The trained model; its ``pretrained_cfg`` is changed.
@@ -221,6 +226,8 @@ def follow_run(model: MultiExitModel, run: TrainingRun) -> None:
     config["crop_mode"] = "center"  # train.py passes no other to its validation
     model.pretrained_cfg.update(config)
     drop_test_preparation(model.pretrained_cfg)
+    if run.keeps_classes:
+        return
     names = class_names(training_classes(run.arguments))
     model.pretrained_cfg["label_names"] = names if names and len(names) == model.num_classes else None
 

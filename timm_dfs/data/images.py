@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,15 @@ def adapted(config: dict, channels: int) -> dict:
     return dict(config, input_size=(channels, *config["input_size"][1:]), **values)
 
 
+TEST_PREPARATION = ("test_input_size", "test_crop_pct")
+
+
 def drop_test_preparation(config: dict) -> None:
     """Remove the size and crop that timm's ``validate.py`` would take instead of ``config``'s own.
 
     They are those of the weights that training started from.
     """
-    for key in ("test_input_size", "test_crop_pct"):
+    for key in TEST_PREPARATION:
         config.pop(key, None)
 
 
@@ -99,8 +103,14 @@ def data_config(model: MultiExitModel) -> dict:
 
 
 def given_labels(model: MultiExitModel) -> tuple[str, ...]:
-    """Names of the classes; none unless the ``pretrained_cfg`` has as many as the model has classes."""
+    """Names of the classes; none unless the ``pretrained_cfg`` has as many as the model has classes.
+
+    timm takes a list of them, or a dict from the classes' numbers, as numbers or text, to their names.
+    """
     names = model.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, Mapping):
+        by_number = {str(number): name for number, name in names.items()}
+        names = [by_number[str(k)] for k in range(len(names)) if str(k) in by_number]
     return tuple(names) if len(names) == model.num_classes else ()
 
 

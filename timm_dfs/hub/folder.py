@@ -17,6 +17,7 @@ from ..base.model import MultiExitModel
 from ..base.new_folder import is_new, new_folder
 from ..base.partition import changes_values
 from ..base.presets import presets_as_json
+from ..data.images import given_labels
 from ..models.dfs_twins import PREFIX
 from ..pretrained.checks import check_presets
 from ..pretrained.packaged import CONFIG_FILE, OF_IMAGES, WEIGHTS_FILE
@@ -76,9 +77,9 @@ def _write(model: MultiExitModel, weights: dict[str, torch.Tensor], folder: Path
     # Adapters serve training only.
     contiguous = {key: value.contiguous() for key, value in weights.items() if not key.startswith("adapters.")}
     save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    names = model.pretrained_cfg.get("label_names")
+    names = given_labels(model)
     dropped = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm takes the names for the base's
-    config = dict(label_names=list(names)) if names and dropped and len(names) == model.num_classes else None
+    config = dict(label_names=list(names)) if names and dropped else None
     save_config_for_hf(model, str(folder / CONFIG_FILE), config)
 
 

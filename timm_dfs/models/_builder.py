@@ -1,15 +1,16 @@
 """Registered models built through timm's own machinery, with the weights that their pretrained config names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, clean_state_dict, generate_default_cfgs
 
 from ..base.features import ExitFeatures
 from ..base.model import MultiExitModel
 from ..base.objective import take_settings
-from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets
+from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets, unreadable
 from ..pretrained.packaged import packaged_file, packaged_names
 from ..pretrained.sources import resolve
 
@@ -45,6 +46,7 @@ def build_model(
     pretrained: bool,
     filter_fn: Callable[[dict, Model], dict],
     num_exits: Callable[[dict], int],
+    architecture: Mapping[str, Any] = MappingProxyType({}),
     **kwargs,
 ) -> Model:
     """Build a registered model, with the weights that :func:`~timm_dfs.pretrained.sources.resolve` finds.
@@ -55,6 +57,7 @@ def build_model(
         pretrained: Whether to load weights.
         filter_fn: Renames the keys of an official checkpoint.
         num_exits: From the class's arguments to the number of exits they make.
+        architecture: The class's arguments that the registered name stands for; those of weights and the caller's win.
         **kwargs: The arguments that timm passes to an entrypoint, the class's own, and the settings of
             :class:`timm_dfs.Objective`.
 
@@ -63,14 +66,21 @@ def build_model(
         FileNotFoundError: If the file that is to hold them does not exist.
     """
     given_cfg, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    weights = resolve(variant, given_cfg, overlay, pretrained, num_exits, kwargs.get("cache_dir"))
+    weights = resolve(
+        variant,
+        given_cfg,
+        overlay,
+        pretrained,
+        lambda args: num_exits({**architecture, **args}),
+        kwargs.get("cache_dir"),
+    )
     if pretrained and not weights.source:
         raise ValueError(
             f"There are no trained weights for {variant} yet. Train them with timm's train.py "
             f"(--device-modules timm_dfs --model {variant}, see recipes/), give your own with "
             "pretrained_cfg_overlay=dict(file=...), or use pretrained=False."
         )
-    kwargs = weights.complete(kwargs)
+    kwargs = {**architecture, **weights.complete(kwargs)}
     trained = kwargs.get("pretrained_model_args") or {}
     objective, kwargs = take_settings(kwargs)
     exits = num_exits(kwargs)
@@ -98,15 +108,12 @@ def build_model(
         file = weights.cfg.file
         if not pretrained or file is None or weights.source != file:
             raise
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"There is no weights file {file}; check the path.") from error
-        reason = "it holds pickled objects or is no checkpoint" if "weights_only" in str(error) else repr(error)
-        raise ValueError(
-            f"Cannot load {file} into {variant}: {reason}. Give a .safetensors file or a checkpoint of tensors only "
-            "(nothing else is unpickled) that was saved by this model or by the official code for it."
-        ) from error
+        raise unreadable(error, file, variant) from error
     if isinstance(model, MultiExitModel):  # features_only wraps it
-        settle_presets(model, trained, kwargs, loaded=pretrained)
+        # The caller's arguments alone are saved with weights, so that the architecture's own are no change.
+        usual = {key for key, value in architecture.items() if key not in trained and kwargs[key] == value}
+        given = {key: value for key, value in kwargs.items() if key not in usual}
+        settle_presets(model, trained, given, loaded=pretrained, changed_images=weights.changed_images)
         if pretrained:
             check_last_exit(model, objective, model.pretrained_cfg["num_classes"])
         model.train_for(objective)

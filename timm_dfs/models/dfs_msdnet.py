@@ -370,8 +370,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MSDNet) -> 
     return {name: value for key, value in state_dict.items() if (name := rename(key))}
 
 
-def _create_msdnet(variant: str, pretrained: bool, **kwargs) -> MSDNet:
-    return build_model(MSDNet, variant, pretrained, checkpoint_filter_fn, lambda args: args.get("exits", 7), **kwargs)
+def _create_msdnet(variant: str, pretrained: bool, architecture: dict[str, Any], **kwargs) -> MSDNet:
+    return build_model(
+        MSDNet, variant, pretrained, checkpoint_filter_fn, lambda args: args.get("exits", 7), architecture, **kwargs
+    )
 
 
 default_cfgs = pretrained_cfgs(
@@ -399,13 +401,13 @@ default_cfgs = pretrained_cfgs(
 @register_model
 def dfs_msdnet_cifar100(pretrained: bool = False, **kwargs) -> MSDNet:
     """MSDNet for CIFAR-100: 7 exits, 3 scales, 16 layers (DFS, table 1)."""
-    return _create_msdnet("dfs_msdnet_cifar100", pretrained, **kwargs)
+    return _create_msdnet("dfs_msdnet_cifar100", pretrained, {}, **kwargs)
 
 
 @register_model
 def dfs_msdnet_imagenet(pretrained: bool = False, **kwargs) -> MSDNet:
     """MSDNet for ImageNet: 5 exits, 4 scales, 20 layers (DFS, table 3)."""
-    model_args = dict(
+    architecture = dict(
         exits=5,
         base=4,
         step=4,
@@ -415,4 +417,4 @@ def dfs_msdnet_imagenet(pretrained: bool = False, **kwargs) -> MSDNet:
         bottleneck_factors=(1, 2, 4, 4),
         head_width=0,
     )
-    return _create_msdnet("dfs_msdnet_imagenet", pretrained, **dict(model_args, **kwargs))
+    return _create_msdnet("dfs_msdnet_imagenet", pretrained, architecture, **kwargs)

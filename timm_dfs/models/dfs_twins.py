@@ -23,7 +23,8 @@ from torch import nn
 
 from ..base.arguments import check_names
 from ..base.objective import SETTINGS, take_settings
-from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets
+from ..data.images import TEST_PREPARATION
+from ..pretrained.checks import check_last_exit, fit_checkpoint, settle_presets, unreadable
 from ..pretrained.packaged import packaged_file, packaged_images, packaged_names
 from ..pretrained.sources import resolve
 from ..wrapped.families import takes_drop_rate
@@ -118,6 +119,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     if not takes_drop_rate(base):
         kwargs.pop("drop_rate", None)
     base_overlay = {key: value for key, value in cfg.to_dict().items() if key not in (*_SOURCE, *_OF_TWIN)}
+    base_overlay.update((key, getattr(cfg, key)) for key in TEST_PREPARATION)  # None, too
     if features_only:
         _refuse_features_of_twin(name, base, weights.source if pretrained else "")
         kwargs = {key: value for key, value in kwargs.items() if key not in _OURS}
@@ -131,7 +133,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
     exit_args = {key: kwargs.pop(key) for key in _OURS if key in kwargs}
     exit_args["drop_rate"] = exit_args.pop("exit_drop_rate", drop_rate)
     from_base = pretrained and not weights.source
-    state_dict = _weights(cfg) if pretrained else None
+    state_dict = _weights(cfg, name) if pretrained else None
     if state_dict and not _has_exits(state_dict):
         from_base = True
         base_overlay.update(_fitting(state_dict, cfg, overlay or {}, kwargs, objective.freezes_last_exit))
@@ -186,7 +188,7 @@ def create_twin(base: str, pretrained: bool = False, **kwargs: Any) -> MultiExit
             model.pretrained_cfg["num_classes"] = classes_loaded
             if len(model.pretrained_cfg.get("label_names") or ()) not in (0, classes_loaded):
                 model.pretrained_cfg.update(label_names=None, label_descriptions=None)
-    settle_presets(model, trained_args, kwargs, loaded=pretrained)
+    settle_presets(model, trained_args, kwargs, loaded=pretrained, changed_images=weights.changed_images)
     model.train_for(objective)
     return model
 
@@ -215,6 +217,10 @@ def _config(cfg: PretrainedCfg, model: MultiExit) -> dict[str, Any]:
     config = {key: value for key, value in model.pretrained_cfg.items() if key not in _SOURCE}
     config.update((key, value) for key, value in cfg.to_dict().items() if key in _SOURCE)
     config.update(architecture=cfg.architecture, tag=cfg.tag)
+    if isinstance(model.backbone, WithClassifier):  # the config is the encoder's, whose classifier timm has left out
+        first = config.get("first_conv") or ()
+        first = [first] if isinstance(first, str) else first
+        config.update(classifier="head.fc", first_conv=[f"encoder.{name}" for name in first])
     classifiers, first_convs = (_names(config.get(key)) for key in ("classifier", "first_conv"))
     config["classifier"] = (*(f"heads.{k}.fc" for k in range(len(model.heads))), *classifiers)
     config["first_conv"] = first_convs
@@ -230,11 +236,21 @@ def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(f"backbone.{name}" for name in ([value] if isinstance(value, str) else value or ()))
 
 
-def _weights(cfg: PretrainedCfg) -> dict[str, Any] | None:
-    """The state dict at hand, of the twin or the base; None for a published model, which has its exits."""
+def _weights(cfg: PretrainedCfg, name: str) -> dict[str, Any] | None:
+    """The state dict at hand, of the twin or the base; None for a published model, which has its exits.
+
+    Raises:
+        ValueError: If the file is damaged or no checkpoint of tensors.
+        FileNotFoundError: If there is no such file.
+    """
     if cfg.source in ("hf-hub", "local-dir"):
         return None
-    return cfg.state_dict or (load_state_dict(str(cfg.file)) if cfg.file else None)
+    if cfg.state_dict or not cfg.file:
+        return cfg.state_dict
+    try:
+        return load_state_dict(str(cfg.file))
+    except Exception as error:  # a damaged or foreign file can make torch and safetensors raise anything
+        raise unreadable(error, str(cfg.file), name) from error
 
 
 def _has_exits(state_dict: dict[str, Any]) -> bool:

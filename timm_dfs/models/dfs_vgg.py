@@ -148,9 +148,15 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ExitVGG) ->
     return out
 
 
-def _create_vgg(variant: str, pretrained: bool, **kwargs) -> ExitVGG:
+def _create_vgg(variant: str, pretrained: bool, architecture: dict[str, Any], **kwargs) -> ExitVGG:
     return build_model(
-        ExitVGG, variant, pretrained, checkpoint_filter_fn, lambda args: sum(args.get("depths", (2, 2, 2))), **kwargs
+        ExitVGG,
+        variant,
+        pretrained,
+        checkpoint_filter_fn,
+        lambda args: sum(args.get("depths", (2, 2, 2))),
+        architecture,
+        **kwargs,
     )
 
 
@@ -179,11 +185,11 @@ default_cfgs = pretrained_cfgs(
 @register_model
 def dfs_vgg7_cifar100(pretrained: bool = False, **kwargs) -> ExitVGG:
     """VGG7 for CIFAR-100: 6 exits (DFS, section 4.3)."""
-    return _create_vgg("dfs_vgg7_cifar100", pretrained, **kwargs)
+    return _create_vgg("dfs_vgg7_cifar100", pretrained, {}, **kwargs)
 
 
 @register_model
 def dfs_vgg16_imagenet(pretrained: bool = False, **kwargs) -> ExitVGG:
     """VGG16 for ImageNet: 13 exits (DFS, section 4.3)."""
-    model_args = dict(depths=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512))
-    return _create_vgg("dfs_vgg16_imagenet", pretrained, **dict(model_args, **kwargs))
+    architecture = dict(depths=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512))
+    return _create_vgg("dfs_vgg16_imagenet", pretrained, architecture, **kwargs)

@@ -1,6 +1,6 @@
 """Checks whether weights, configs and presets fit a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -115,6 +115,17 @@ def _check_keys(state_dict: dict, model: MultiExitModel, source: str) -> None:
         )
 
 
+def unreadable(error: Exception, file: str, name: str) -> Exception:
+    """The error that says why a file of weights cannot be loaded into the model of this name, and what can be."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"There is no weights file {file}; check the path.")
+    reason = "it holds pickled objects or is no checkpoint" if "weights_only" in str(error) else repr(error)
+    return ValueError(
+        f"Cannot load {file} into {name}: {reason}. Give a .safetensors file or a checkpoint of tensors only "
+        "(nothing else is unpickled) that was saved by this model or by the official code for it."
+    )
+
+
 def check_last_exit(model: MultiExitModel, objective: Objective, classes: int) -> None:
     """Refuse to freeze a last exit, and perhaps to learn from it, whose classifier is not that of the weights loaded.
 
@@ -135,7 +146,9 @@ def check_last_exit(model: MultiExitModel, objective: Objective, classes: int) -
         )
 
 
-def settle_presets(model: MultiExitModel, trained: dict, given: dict, loaded: bool) -> None:
+def settle_presets(
+    model: MultiExitModel, trained: dict, given: dict, loaded: bool, changed_images: Sequence[str] = ()
+) -> None:
     """Check a model's presets; drop, with a warning, those that came with weights and do not fit the model as built.
 
     The arguments that the weights belong to are noted, so that timm saves them with the caller's.
@@ -145,6 +158,7 @@ def settle_presets(model: MultiExitModel, trained: dict, given: dict, loaded: bo
         trained: The ``model_args`` of its weights; empty if there are none.
         given: The arguments that the model was created with, those of the weights among them.
         loaded: Whether the weights were loaded.
+        changed_images: Fields by which images are prepared in another way than for the weights.
 
     Raises:
         ValueError: If a preset that did not come with weights does not fit.
@@ -155,6 +169,10 @@ def settle_presets(model: MultiExitModel, trained: dict, given: dict, loaded: bo
         return
     if not loaded:
         model.drop_presets(model.presets, "the weights they were fitted to are not loaded; give pretrained=True")
+    if changed_images:
+        model.drop_presets(
+            model.presets, f"they were fitted to images prepared with another {' and '.join(changed_images)}"
+        )
     if changes := changed_arguments(model, trained, given):
         model.drop_presets(model.presets, f"the model's {' and '.join(changes)} are not those they were fitted to")
     unfit = {}

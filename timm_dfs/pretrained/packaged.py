@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.images import TEST_PREPARATION
+
 WEIGHTS_FILE = "model.safetensors"
 
 CONFIG_FILE = "config.json"
@@ -49,11 +51,12 @@ def packaged_images(name: str) -> dict[str, Any]:
     if folder is None:
         return {}
     config = json.loads((folder / CONFIG_FILE).read_text())
-    recorded = {**config["pretrained_cfg"], **{key: config[key] for key in BESIDE if config.get(key)}}
+    recorded = {**dict.fromkeys(TEST_PREPARATION), **config["pretrained_cfg"]}
+    recorded.update((key, config[key]) for key in BESIDE if config.get(key))
     return {
         field: tuple(value) if isinstance(value, list) else value
         for field, value in recorded.items()
-        if field in (*OF_IMAGES, *BESIDE)
+        if field in (*OF_IMAGES, *TEST_PREPARATION, *BESIDE)
     }
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models._builder import resolve_pretrained_cfg
 
+from ..data.images import TEST_PREPARATION
 from .checks import check_config
 from .downloads import HUB_VARIABLE, fetch
-from .packaged import BESIDE, CONFIG_FILE, WEIGHTS_FILE, packaged_folder_of
+from .packaged import BESIDE, CONFIG_FILE, OF_IMAGES, WEIGHTS_FILE, packaged_folder_of
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -39,11 +40,13 @@ class Weights:
         cfg: timm's pretrained config: the source of the weights, and the images that they were trained on.
         model_args: Keyword arguments that the weights belong to, presets included.
         replaced_presets: Presets of the model's own weights, in whose place the caller gave others.
+        changed_images: Fields of the config that say how images are prepared, and that the caller changed.
     """
 
     cfg: PretrainedCfg
     model_args: dict[str, Any] = field(default_factory=dict)
     replaced_presets: dict[str, Any] = field(default_factory=dict)
+    changed_images: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -138,6 +141,9 @@ def resolve(
     data = dict(config.get("pretrained_cfg", {}))
     data.setdefault("tag", tag)
     data.update({key: config[key] for key in BESIDE if config.get(key)})
+    if data:  # what it does not say does not hold for it, though the registered config says it of other weights
+        data = {**dict.fromkeys(TEST_PREPARATION), **data}
+    changed = tuple(key for key in OF_IMAGES if key in overlay and _listed(overlay[key]) != _listed(data.get(key)))
     data.update(overlay)
     cfg = replace(
         cfg,
@@ -150,7 +156,12 @@ def resolve(
         hf_hub_id=None,
         hf_hub_filename=None,
     )
-    return Weights(cfg, config.get("model_args", {}))
+    return Weights(cfg, config.get("model_args", {}), changed_images=changed)
+
+
+def _listed(value: Any) -> Any:
+    """A value as JSON holds it, to be compared with one that was read."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _instead(

@@ -37,6 +37,13 @@ class TrainingRun:
     arguments: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
 
+    @property
+    def keeps_classes(self) -> bool:
+        """Whether the last exit was frozen: then its classes are those of its first weights, not of the data."""
+        given = self.arguments.get("model_kwargs") or {}  # of an older version, perhaps: Objective might refuse them
+        weights = given.get("loss_weights")
+        return given.get("train_backbone") is False and bool(weights) and weights[-1] == 0
+
     def check_reproducible(self) -> None:
         """Raise ``ValueError`` if ``train.py`` validated the run in a way that is not reproduced here."""
         for flag, what in _UNSUPPORTED.items():

@@ -104,6 +104,11 @@ def test_a_slice_of_a_torchvision_data_set_is_of_the_split_that_it_names(cifar10
     assert len(open_dataset("torch/cifar10", cifar10, "validation")) == 2
 
 
+def test_images_that_torchvision_does_not_convert_are_refused_where_the_model_takes_others(cifar10):
+    with pytest.raises(ValueError, match=r"images of torch/cifar10 have 3 channels, but the model takes 1.*in_chans=3"):
+        dataset_loader(tiny_vgg(in_chans=1), "torch/cifar10", cifar10, "test")
+
+
 def test_a_split_that_does_not_exist_is_refused_with_those_that_do(folder, cifar10):
     for split in ("test", "tests", "train2", "trai[3:]"):
         with pytest.raises(ValueError, match=r"has no split '\w+'.*train, validation"):

@@ -18,7 +18,9 @@ GIVEN = dict(num_classes=7)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    published(tmp_path / NAME, settled(twin(exits=["layer1"], global_pool="max")))
+    model = settled(twin(exits=["layer1"], global_pool="max"))
+    model.pretrained_cfg.update(input_size=(3, 96, 96), mean=(0.5, 0.4, 0.3), crop_pct=0.5)
+    published(tmp_path / NAME, model)
     monkeypatch.setenv("TIMM_DFS_HUB", str(tmp_path))
 
 
@@ -53,3 +55,5 @@ def test_the_checkpoint_of_such_a_run_is_evaluated_and_exported_with_the_exits_o
     for made in (create(str(file), True), trained_model(read_run(file), file)):
         assert made.exit_points == ("backbone.layer1",)
         assert all(map(torch.equal, made.parameters(), model.parameters()))
+        assert [tuple(made.pretrained_cfg[key]) for key in ("input_size", "mean")] == [(3, 96, 96), (0.5, 0.4, 0.3)]
+        assert made.pretrained_cfg["crop_pct"] == 0.5

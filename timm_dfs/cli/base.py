@@ -23,7 +23,7 @@ from ..inference.policy import ExitPolicy
 from ..inference.prediction import resolve_policy
 from ..pretrained import sources
 from ..pretrained.packaged import CONFIG_FILE
-from ..pretrained.runs import complete_args
+from ..pretrained.runs import complete_args, first_images
 from ..pretrained.sources import PREFIXES, check_named
 from ..training.run import read_run
 
@@ -129,13 +129,14 @@ def create(
         ValueError: If there is no such model, or the weights or arguments do not fit it.
     """
     kwargs: dict[str, Any] = {}
+    images: dict[str, Any] = {}
     run = None
     if Path(name).is_file():
         run = read_run(Path(name))
         run.check_reproducible()
         if checkpoint is not None:
             raise ValueError(f"Both {name} and --checkpoint {checkpoint} are given; give one checkpoint.")
-        name, checkpoint, kwargs = run.model, Path(name), complete_args(run)
+        name, checkpoint, kwargs, images = run.model, Path(name), complete_args(run), first_images(run)
     kwargs.update(_parse(model_kwargs or []))
     name = as_source(name)
     ours = name.startswith(PREFIXES) or (name.startswith("dfs_") and timm.is_model(name.split(".")[0]))
@@ -145,7 +146,7 @@ def create(
         near = longer[:3] or difflib.get_close_matches(name, known, n=3)
         similar = f"similar names are {', '.join(near)}; " if near else ""
         raise ValueError(f"There is no model {name!r}; {similar}'timm-dfs list' shows those there are.")
-    overlay = dict(file=str(checkpoint)) if checkpoint else None
+    overlay = dict(images, file=str(checkpoint)) if checkpoint else None
     check_named(name)
     try:
         model = timm.create_model(

@@ -63,7 +63,7 @@ def open_dataset(
         input_key: Column of the images, where the data set has columns.
         target_key: Column of the targets.
         class_map: As ``train.py --class-map``, or a mapping from class names to indices.
-        image_mode: Pillow's mode that images are converted to.
+        image_mode: Pillow's mode that images are converted to; those of ``torch/`` stay as they are.
         batch_size: For streams.
         num_samples: Samples of a stream that does not tell.
         trust_remote_code: As ``train.py --dataset-trust-remote-code``.
@@ -351,7 +351,7 @@ def dataset_loader(
         if stream:  # another one is tried: a reader that was iterated here would give each worker all of its shards
             next(iter(open_dataset(dataset, root, split, class_map=class_map, **options)))
         else:
-            data[0]
+            _check_channels(model, data[0][0], dataset)
     except (*_READ_ERRORS, StopIteration) as error:
         columns = f", columns {input_key!r} and {target_key!r}" if dataset else ""
         raise ValueError(
@@ -396,6 +396,16 @@ def dataset_loader(
     if subset is None:
         return loader
     return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers)
+
+
+def _check_channels(model: MultiExitModel, image: Any, dataset: str) -> None:
+    """Raise ``ValueError`` if a data set's first image, which torchvision does not convert, does not fit the model."""
+    bands = len(image.getbands()) if isinstance(image, Image.Image) else model.in_chans
+    if bands != model.in_chans:
+        raise ValueError(
+            f"The images of {dataset} have {bands} channels, but the model takes {model.in_chans}, and timm does not "
+            f"convert those of torch/; create the model with in_chans={bands}."
+        )
 
 
 class _Counted:

@@ -27,7 +27,7 @@ from ..evaluation.machine import processor, threads
 from ..inference.ensemble import ensemble_logits
 from ..models.dfs_twins import BASES, PREFIX
 from ..pretrained.packaged import CONFIG_FILE
-from ..pretrained.runs import complete_args
+from ..pretrained.runs import complete_args, first_images
 from ..training.run import TrainingRun
 from ..version import __version__
 from . import folder as hub
@@ -75,7 +75,8 @@ Split = tuple[torch.Tensor, torch.Tensor]
 
 def trained_model(run: TrainingRun, checkpoint: Path) -> MultiExitModel:
     """Model of a checkpoint, with its weights, image preparation and class names."""
-    model = hub.load(run.model, pretrained_cfg_overlay=dict(file=str(checkpoint)), **complete_args(run))
+    overlay = dict(first_images(run), file=str(checkpoint))
+    model = hub.load(run.model, pretrained_cfg_overlay=overlay, **complete_args(run))
     follow_run(model, run)
     return model
 

@@ -187,6 +187,13 @@ def settings_of(name: str) -> dict[str, Any]:
     return {key: value for key, value in _of_name(name).model_args.items() if key != "presets"}
 
 
+def images_of(name: str) -> dict[str, Any]:
+    """Fields of the config of a registered name's weights that say how images are prepared; empty if it has none."""
+    if name.startswith(PREFIXES) or not (weights := _of_name(name)).source:
+        return {}
+    return {key: getattr(weights.cfg, key) for key in (*OF_IMAGES, *TEST_PREPARATION)}
+
+
 def has_weights(name: str) -> bool:
     """Whether there are trained weights for a registered name, perhaps with a tag; a name with a prefix has some.
 

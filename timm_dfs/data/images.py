@@ -71,6 +71,8 @@ def adapted(config: dict, channels: int) -> dict:
 
 
 TEST_PREPARATION = ("test_input_size", "test_crop_pct")
+"""Fields of a ``pretrained_cfg`` by which timm's ``validate.py`` prepares images, instead of ``input_size`` and
+``crop_pct``."""
 
 
 def drop_test_preparation(config: dict) -> None:

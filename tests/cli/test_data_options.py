@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from timm_dfs.cli import app
 from timm_dfs.cli.base import create, repeat_options
-from timm_dfs.cli.source import DataOptions, data_of, trained_split
+from timm_dfs.cli.source import DataOptions, data_of, shared_with_training
 from timm_dfs.data.datasets import dataset_loader, follow_run
 from timm_dfs.training.run import read_run
 
@@ -219,11 +219,10 @@ def test_training_images_are_known_by_the_name_of_their_folder(checkpoint, folde
     def where(split, root):
         return dict(dataset="", root=str(root), split=split)
 
-    assert trained_split(checkpoint, where(".", folder / "train"), ".") == "train"
-    assert trained_split(checkpoint, where(".", folder / "train"), ".[:2]") == "train"
-    assert trained_split(checkpoint, where("train[:2]", folder), "train[:2]") == "train"
+    for split, root in ((".", folder / "train"), (".[:2]", folder / "train"), ("train[:2]", folder)):
+        assert shared_with_training(checkpoint, where(split, root), split) == "shares images with train"
     for split, root in ((".", folder / "validation"), ("validation", folder), (".", folder)):
-        assert trained_split(checkpoint, where(split, root), split) is None
+        assert shared_with_training(checkpoint, where(split, root), split) is None
 
 
 def test_a_frozen_last_exit_keeps_its_classes_whatever_folders_its_exits_learned_from(folder, tmp_path):

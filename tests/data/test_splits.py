@@ -26,7 +26,9 @@ from timm_dfs.data.splits import overlap, read_by_train, standard
         ("train[:-5000]", "train[-6000:]", True),
         ("train[:45000]", "train[90%:]", None),
         ("train[:45000]", "train[-5000:]", None),
-        ("train[:10]+train[20:]", "train[10:20]", None),
+        ("train[:10]+train[20:]", "train[10:20]", False),
+        ("train[:10] + validation", "train[10:20]+val[3:]", True),
+        ("train[:10]+test[:5]", "train[20:]+test[-5:]", None),
     ],
 )
 def test_splits_share_samples_or_not(first, second, shared):

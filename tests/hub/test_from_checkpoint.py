@@ -227,6 +227,7 @@ def test_thresholds_are_not_fixed_on_the_test_split(checkpoint, tmp_path):
     [
         (("--split", "validation", "--test", "train"), "--test train shares images with train"),
         (("--split", "validation[:8]", "--test", "validation[4:]"), "held out of training and not on the test split"),
+        (("--split", "validation[:8]", "--test", "validation[90%:]"), "held out of training and not on the test split"),
     ],
 )
 def test_accuracies_are_of_images_that_neither_training_nor_thresholds_have_seen(options, told, checkpoint, tmp_path):
@@ -234,6 +235,16 @@ def test_accuracies_are_of_images_that_neither_training_nor_thresholds_have_seen
     record["args"].train_split = "train"
     torch.save(record, tmp_path / "last.pth.tar")
     refused = run("export-hub", tmp_path / "last.pth.tar", "--output", tmp_path / "mine", *options)
+    assert refused.exit_code == 2 and told in " ".join(refused.stderr.split()) and not (tmp_path / "mine").exists()
+
+
+def test_images_that_may_have_been_trained_on_are_not_measured(checkpoint, tmp_path):
+    record = torch.load(checkpoint, weights_only=False)
+    record["args"].train_split, record["args"].dataset = "train[:80%]", "hfds/made/up"
+    torch.save(record, tmp_path / "last.pth.tar")
+    options = ("--split", "validation", "--test", "train[-2:]")
+    refused = run("export-hub", tmp_path / "last.pth.tar", "--output", tmp_path / "mine", *options)
+    told = "--test train[-2:] may share images with train[:80%] (count both from the start"
     assert refused.exit_code == 2 and told in " ".join(refused.stderr.split()) and not (tmp_path / "mine").exists()
 
 

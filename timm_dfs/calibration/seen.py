@@ -59,7 +59,9 @@ def refuse_fitted_split(presets: Mapping[str, dict], dataset: str, split: str) -
     for name, preset in presets.items():
         source = preset.get("fitted_on", {})
         fitted = source.get("dataset") or "", source.get("split")
-        if fitted[1] and (_overlap(fitted, (dataset, split)) or _overlap(by_name(*fitted), by_name(dataset, split))):
+        if fitted[1] and (
+            _overlap(fitted, (dataset, split)) or _overlap(as_named_split(*fitted), as_named_split(dataset, split))
+        ):
             raise ValueError(
                 f"The preset {name!r} was fitted on {fitted[1]} of {fitted[0] or dataset}, and its images in {split} "
                 f"of {dataset} would flatter it; give a split without them."
@@ -77,7 +79,7 @@ def _overlap(fitted: tuple[str, str], read: tuple[str, str]) -> bool:
     return _same_data(fitted[0], read[0]) and overlap(standard(*fitted), standard(*read)) is not False
 
 
-def by_name(dataset: str, split: str) -> tuple[str, str]:
+def as_named_split(dataset: str, split: str) -> tuple[str, str]:
     """A folder of class folders, which is read as split ``.``, as the split of its name in the folder around it."""
     name, bracket, ends = split.partition("[")
     if name != ".":
@@ -131,5 +133,5 @@ def is_test(split: str, dataset: str = "", root: str | None = None) -> bool:
         root: Root of a folder; the split ``.`` of a folder called ``test`` is taken for test data.
     """
     if not dataset and root:
-        split = by_name(root, split)[1]
+        split = as_named_split(root, split)[1]
     return "test" in {standard(dataset, part.strip()).partition("[")[0].strip() for part in split.split("+")}

@@ -20,7 +20,7 @@ from ..pretrained.packaged import packaged_folder
 from ..training.run import read_run
 from .base import command, console
 from .points import Budgets, By, ConfidenceLevel, MaxAccuracyDrops, Together, check_points
-from .source import BatchSize, DataOptions, Workers, described, tracked, trained_split, with_data_options
+from .source import BatchSize, DataOptions, Workers, described, shared_with_training, tracked, with_data_options
 
 Model = Annotated[str, typer.Argument(help="A model with packaged weights, or its folder.", metavar="MODEL")]
 
@@ -93,13 +93,13 @@ def export_checkpoint(
     run = read_run(checkpoint)
     where = data.where(str(checkpoint), default_split=None)
     held_out = where.pop("split")
-    if trained := trained_split(str(checkpoint), where, test):
+    if shared_with := shared_with_training(str(checkpoint), where, test):
         raise ValueError(
-            f"--test {test} shares images with {trained}, which the model was trained on; give a split that nothing "
+            f"--test {test} {shared_with}, which the model was trained on; give a split that nothing "
             "was trained or chosen on."
         )
     shared = overlap(*(standard(where["dataset"], split) for split in (held_out, test)))
-    if shared or is_test(held_out, where["dataset"], where["root"]):
+    if shared is not False or is_test(held_out, where["dataset"], where["root"]):
         raise ValueError(
             f"--split is {described(held_out, where)} and --test is {test}: thresholds must be fixed on a split held "
             "out of training and not on the test split, e.g. --split 'train[45000:]'."

@@ -15,7 +15,7 @@ from rich.progress import track
 from timm.data import resolve_data_config, str_to_interp_mode
 
 from ..base.model import MultiExitModel
-from ..calibration.seen import by_name
+from ..calibration.seen import as_named_split
 from ..data.datasets import training_classes
 from ..data.images import adapted, drop_test_preparation
 from ..data.shards import WHOLE, Shard, launched_processes
@@ -212,25 +212,28 @@ def data_of(model_name: str, default_split: str | None = "test", processes: int 
 
 def warn_of_training_images(model_name: str, where: dict[str, Any]) -> None:
     """Warn if the split that thresholds are to be fitted on shares images with the one that the run trained on."""
-    if trained := trained_split(model_name, where, where["split"]):
+    if shared := shared_with_training(model_name, where, where["split"]):
         warnings.warn(
-            f"--split {where['split']} shares images with {trained}, which the model was trained on: thresholds and "
+            f"--split {where['split']} {shared}, which the model was trained on: thresholds and "
             "temperatures fitted to them are too confident. Give a split held out of training.",
             stacklevel=3,
         )
 
 
-def trained_split(model_name: str, where: dict[str, Any], split: str) -> str | None:
-    """The split that a checkpoint's run trained on, if ``split`` of the same data set shares images with it."""
+def shared_with_training(model_name: str, where: dict[str, Any], split: str) -> str | None:
+    """Words for what ``split`` shares with the split that a checkpoint's run trained on; ``None`` if surely nothing."""
     run = read_run(Path(model_name)).arguments if Path(model_name).is_file() else {}
     dataset, trained = run.get("dataset") or "", run.get("train_split")
     trained = trained and standard(dataset, read_by_train(dataset, trained))
     if not trained or dataset != where["dataset"]:
         return None
     if not dataset:  # of a folder that is read as split "." the name tells what it is
-        split = by_name(where["root"] or "", split)[1]
-        trained = by_name(run.get("data_dir") or run.get("data") or "", trained)[1]
-    return trained if overlap(trained, standard(dataset, split)) else None
+        split = as_named_split(where["root"] or "", split)[1]
+        trained = as_named_split(run.get("data_dir") or run.get("data") or "", trained)[1]
+    shared = overlap(trained, standard(dataset, split))
+    if shared is None:
+        return f"may share images with {trained} (count both from the start to show that it does not)"
+    return f"shares images with {trained}" if shared else None
 
 
 def described(split: str, where: dict[str, Any]) -> str:

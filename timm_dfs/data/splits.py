@@ -47,10 +47,17 @@ def _of_torchvision(dataset: str) -> str | None:
 def overlap(first: str, second: str) -> bool | None:
     """Whether two splits of one data set, e.g. ``train[:45000]`` and ``train[44000:]``, share samples.
 
+    Args:
+        first: A split, or several joined by ``+``.
+        second: Another.
+
     Returns:
         ``None`` where the names alone do not show it: ends counted in different ways (from the start, from the end, in
-        percent), or several slices joined by ``+``.
+        percent).
     """
+    if "+" in first or "+" in second:
+        found = {overlap(one.strip(), other.strip()) for one in first.split("+") for other in second.split("+")}
+        return True if True in found else None if None in found else False
     parsed = [_SPLIT.fullmatch(split) for split in (first, second)]
     if parsed[0] is None or parsed[1] is None:
         return None

@@ -125,7 +125,8 @@ def export_onnx(
     require("onnxruntime")
     exported = plain(model)
     if images is None:
-        images = noise(model, batches(max(VERIFIED, len(policy.answering)), batch_size or 1))
+        least, size = max(VERIFIED, len(policy.answering)), batch_size or 1
+        images = noise(model, size * -(-least // size))  # whole batches
     images = as_images(exported, images)
     if (batch_size is not None and len(images) % batch_size) or not len(images):
         raise ValueError(f"There are {len(images)} images to verify with; give a multiple of {batch_size or 1}.")
@@ -214,11 +215,6 @@ def noise(model: MultiExitModel, count: int) -> torch.Tensor:
     """Noise (count, C, H, W) as images in the size of the model's input."""
     size = (model.in_chans, *model.pretrained_cfg["input_size"][1:])
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
-
-
-def batches(least: int, batch_size: int) -> int:
-    """The least multiple of ``batch_size`` that is at least ``least``."""
-    return batch_size * -(-least // batch_size)
 
 
 def check_arguments(model: Any, folder: Path, layout: str, batch_size: int | None, softmax: bool) -> None:

@@ -191,7 +191,7 @@ def images_of(name: str) -> dict[str, Any]:
     """Fields of the config of a registered name's weights that say how images are prepared; empty if it has none."""
     if name.startswith(PREFIXES) or not (weights := _of_name(name)).source:
         return {}
-    return {key: getattr(weights.cfg, key) for key in (*OF_IMAGES, *TEST_PREPARATION)}
+    return {key: getattr(weights.cfg, key) for key in OF_IMAGES}
 
 
 def has_weights(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Weights load through timm's own routes, fit or are refused with a reason, and never execute code."""
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from torch import nn
 
+import timm_dfs
 from timm_dfs import write_presets
 from timm_dfs.hub import folder as hub
 from timm_dfs.models._builder import pretrained_cfgs
@@ -390,6 +392,30 @@ def test_presets_that_came_with_weights_go_when_other_weights_are_loaded():
     given = timm.create_model("dfs_msdnet_cifar100", presets=presets)
     given.load_state_dict(model.state_dict())
     assert given.presets == presets, "presets that the caller gave are not the weights'"
+
+
+def test_presets_that_came_with_weights_go_when_these_are_trained_further(tmp_path):
+    model = timm.create_model("dfs_msdnet_cifar100", pretrained=True)
+    mine = dict(thresholds=torch.full((model.num_exits,), 0.5))
+    model.presets["mine"] = mine
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    timm_dfs.ExitsLoss(torch.nn.CrossEntropyLoss())(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="Dropped the presets .*balanced.* trained further; fit_presets fits new ones"):
+        save_for_hf(model, tmp_path, safe_serialization=True)
+    assert [*model.presets] == ["mine"], "presets that the caller set are the caller's"
+    assert [*json.loads((tmp_path / "config.json").read_text())["model_args"]["presets"]] == ["mine"]
+    with pytest.raises(ValueError, match="no preset 'balanced'"):
+        timm_dfs.predict(model, torch.zeros(1, 3, 32, 32), "balanced")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["dfs_msdnet_cifar100", "dfs_tf_efficientnet_lite0.cifar100"])
+def test_presets_survive_a_conversion_to_another_precision_and_fusing(name, dtype):
+    model = timm.create_model(name, pretrained=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert timm_dfs.fuse(model).presets == copy.deepcopy(model).to(dtype).presets == model.presets != {}
 
 
 def test_what_timm_itself_publishes_keeps_settings_and_presets(make, tmp_path):

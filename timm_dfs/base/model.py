@@ -26,7 +26,7 @@ from .partition import (
     check_referencing,
     records_gradients,
 )
-from .presets import presets_as_json
+from .presets import classifier_biases, presets_as_json, were_trained
 from .recorded_betas import compare_betas, note_betas
 from .rows import take
 
@@ -120,7 +120,8 @@ class MultiExitModel(nn.Module):
         self.objective = Objective()
         self.adapters: nn.ModuleList | None = None
         self._given_args: dict = {}
-        self.presets_of_weights: dict[str, dict] = {}
+        self._presets_of_weights: dict[str, dict] = {}
+        self._biases_of_presets = torch.empty(0)
         self.register_load_state_dict_pre_hook(_without_strange_adapters)
         self.register_load_state_dict_pre_hook(_without_presets_of_other_weights)
         self.register_load_state_dict_pre_hook(compare_chain)
@@ -226,9 +227,6 @@ class MultiExitModel(nn.Module):
     head_hidden_size: int
     num_features: int
     num_classes: int
-    presets: dict[str, dict]
-    presets_of_weights: dict[str, dict]
-    """Those of the presets that came with the weights that were loaded."""
     is_fused: bool = False
     """Whether this is a copy for inference, see :func:`timm_dfs.fuse`."""
     pretrained_cfg: dict
@@ -469,6 +467,26 @@ class MultiExitModel(nn.Module):
                 "exit's loss has a weight."
             )
 
+    @property
+    def presets(self) -> dict[str, dict]:
+        """Named operating points fitted to the weights. Those that came with weights go once these are trained."""
+        came = self._presets_that_came()
+        if came and were_trained(classifier_biases(self), self._biases_of_presets):
+            self._presets_of_weights = {}
+            self.drop_presets(came, "the weights they were fitted to were trained further; fit_presets fits new ones")
+        return self._presets
+
+    @presets.setter
+    def presets(self, presets: dict[str, dict]) -> None:
+        self._presets = presets
+
+    def presets_belong_to_weights(self) -> None:
+        """Note that the presets came with the weights that the model has now."""
+        self._presets_of_weights, self._biases_of_presets = dict(self._presets), classifier_biases(self)
+
+    def _presets_that_came(self) -> list[str]:
+        return [name for name, preset in self._presets.items() if self._presets_of_weights.get(name) is preset]
+
     def drop_presets(self, names: Collection[str], reason: str) -> None:
         """Drop presets that are no longer valid, with a warning that gives the reason."""
         if names:
@@ -516,8 +534,9 @@ def _forget_the_weights_before(model: MultiExitModel, _: Any) -> None:
 
 def _without_presets_of_other_weights(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:
     """Drop the presets that came with a model's weights if other weights are loaded in their place."""
-    came = [name for name, preset in model.presets.items() if model.presets_of_weights.get(name) == preset]
-    if came and any(_differs(value, state_dict.get(prefix + name)) for name, value in _deciding(model)):
+    if (came := model._presets_that_came()) and any(
+        _differs(value, state_dict.get(prefix + name)) for name, value in _deciding(model)
+    ):
         model.drop_presets(came, "the weights they were fitted to were replaced")
 
 

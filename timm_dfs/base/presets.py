@@ -1,4 +1,4 @@
-"""Presets as a model's ``config.json`` can hold them."""
+"""Presets as a model's ``config.json`` can hold them, and whether the weights are still those they were fitted to."""
 
 import json
 import math
@@ -20,6 +20,25 @@ def presets_as_json(presets: dict[str, dict]) -> dict[str, dict]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"Preset {name!r} cannot be written as JSON: {error}. It is {preset}.") from error
     return written
+
+
+def classifier_biases(model: Any) -> torch.Tensor:
+    """Biases of the exits' classifiers, or a row of weights of those without, as one vector: any training changes it.
+
+    Copied in float32 to the CPU; empty for weights that are not there (of the meta device) or of another kind.
+    """
+    found = []
+    for classifier in model.get_classifier():
+        bias, weight = getattr(classifier, "bias", None), getattr(classifier, "weight", None)
+        values = bias if isinstance(bias, torch.Tensor) else weight[0] if isinstance(weight, torch.Tensor) else None
+        if values is not None and not values.is_meta:
+            found.append(values.detach().float().cpu().flatten())
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def were_trained(biases: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether :func:`classifier_biases` changed by more than a conversion to half precision rounds them."""
+    return biases.shape == before.shape and not torch.allclose(biases, before, rtol=2**-8, atol=1e-6)
 
 
 def _finite(preset: Any) -> Any:

@@ -182,7 +182,7 @@ def settle_presets(
         except ValueError as error:
             unfit[name] = str(error).rstrip(".")
     model.drop_presets(unfit, "; ".join(dict.fromkeys(unfit.values())))
-    model.presets_of_weights = dict(model.presets)
+    model.presets_belong_to_weights()
 
 
 def changed_arguments(model: MultiExitModel, trained: dict, given: dict) -> list[str]:

@@ -24,6 +24,17 @@ DFS, JOINT = "dfs_msdnet_cifar100", "dfs_msdnet_cifar100.joint"
 FINE_TUNED_DFS, FINE_TUNED_JOINT = "dfs_tf_efficientnet_lite0.cifar100_dfs", "dfs_tf_efficientnet_lite0.cifar100"
 WITHOUT_EXITS = "last exit alone"
 WITH_EXITS = [setting for setting in SETTINGS if setting != WITHOUT_EXITS]
+DFS_05 = "one-sided 0.5"
+"""DFS as in the official code, of the study's settings."""
+VALUES: dict[str, Callable[[dict], list[float]]] = dict(
+    top1=lambda run: run["top1"],
+    together=lambda run: run["together"]["fitted"],
+    gain=lambda run: [a - b for a, b in zip(run["together"]["fitted"], run["top1"])],
+    disagreement=lambda run: run["disagreement"],
+    early_exit=lambda run: run["early_exit"]["alone"],
+    early_exit_together=lambda run: run["early_exit"]["fitted"],
+)
+"""What the tables of a run show, by name."""
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Quantile of Student's t, two-sided at 95 %, by the number of seeds."""
 
@@ -61,10 +72,11 @@ def generated(root: Path) -> dict[str, str]:
         }
         for runs in ("epochs79", "short")
     }
-    runs, augmented, of_seeds = (
+    runs, plain, augmented, of_seeds = (
         [json.loads(line) for line in (root / "benchmarks/results" / name).read_text().splitlines()]
-        for name in ("study.jsonl", "study_randaugment.jsonl", "fine_tuned.jsonl")
+        for name in ("study.jsonl", "study_plain.jsonl", "study_randaugment.jsonl", "fine_tuned.jsonl")
     )
+    both = crossed(plain, augmented)
     speeds = json.loads((root / "benchmarks/results/train_step.json").read_text())
     conflict = json.loads((root / "benchmarks/results/conflict.json").read_text())
     dfs, joint = results[DFS], results[JOINT]
@@ -105,7 +117,10 @@ def generated(root: Path) -> dict[str, str]:
                 without_exits=without_exits(of_length),
             )
             for of_length in divided(augmented, "epochs")
+            if of_length[0]["epochs"] not in {table["epochs"] for table in both}
         ],
+        crossed=both,
+        dfs_setting=DFS_05,
         augmentation=RECIPES["randaugment"],
         teacher=TEACHER,
         over_seeds=over_seeds(of_seeds),
@@ -202,17 +217,38 @@ def divided(runs: list[dict], key: str) -> list[list[dict]]:
 
 def together(runs: list[dict], settings: list[str]) -> dict:
     """Tables of comparable runs: exits alone and together, the gain and the disagreement, and early exit."""
-    values = dict(
-        top1=lambda run: run["top1"],
-        together=lambda run: run["together"]["fitted"],
-        gain=lambda run: [a - b for a, b in zip(run["together"]["fitted"], run["top1"])],
-        disagreement=lambda run: run["disagreement"],
-        early_exit=lambda run: run["early_exit"]["alone"],
-        early_exit_together=lambda run: run["early_exit"]["fitted"],
-    )
-    tables = {name: compared(runs, value, settings) for name, value in values.items()}
-    alike = {name: compared(runs, values[name], settings, joint_alike) for name in ("together", "gain", "disagreement")}
+    tables = {name: compared(runs, value, settings) for name, value in VALUES.items()}
+    alike = {name: compared(runs, VALUES[name], settings, joint_alike) for name in ("together", "gain", "disagreement")}
     return dict(tables=tables, alike=alike, epochs=runs[0]["epochs"], flops=runs[0]["flops"])
+
+
+def crossed(plain: list[dict], augmented: list[dict]) -> list[dict]:
+    """Joint training and DFS with and without augmentation, one for each number of epochs that both were run for.
+
+    A table has the mean accuracies of joint training and DFS without augmentation, then with it, and what DFS changes
+    without and with it, then what the augmentation changes with joint training and with DFS.
+    """
+    found = []
+    for epochs in dict.fromkeys(run["epochs"] for run in plain):
+        of_cells = [
+            {run["seed"]: run for run in runs if (run["epochs"], run["setting"]) == (epochs, setting)}
+            for runs in (plain, augmented)
+            for setting in ("joint", DFS_05)
+        ]
+        seeds = set.intersection(*map(set, of_cells))
+        if not seeds:
+            continue
+        tables = {}
+        for name, value in VALUES.items():
+            cells = [{seed: value(runs[seed]) for seed in sorted(seeds)} for runs in of_cells]
+            tables[name] = dict(
+                means=[[statistics.mean(values) for values in zip(*cell.values())] for cell in cells],
+                changes=[differences(cells[one], cells[other]) for one, other in ((1, 0), (3, 2), (2, 0), (3, 1))],
+            )
+        runs = [runs[seed] for runs in of_cells for seed in sorted(seeds)]
+        machines = list(dict.fromkeys(run["machine"] for run in runs))
+        found.append(dict(tables=tables, epochs=epochs, seeds=len(seeds), flops=runs[0]["flops"], machines=machines))
+    return found
 
 
 def joint_alike(setting: str) -> str:

@@ -95,6 +95,7 @@ def root(tmp_path):
         for seed in range(3)
     ]
     (tmp_path / "benchmarks/results/study_randaugment.jsonl").write_text("\n".join(map(json.dumps, augmented)))
+    (tmp_path / "benchmarks/results/study_plain.jsonl").write_text("")
     (tmp_path / "benchmarks/results/train_step.json").write_text(json.dumps(dict(machine="made up", measured=[case])))
     return tmp_path
 
@@ -313,6 +314,38 @@ def test_partitioned_exits_with_a_teacher_are_compared_with_taught_joint_trainin
     section = text(root).partition("### RandAugment and erasing, 4 epochs")[2].partition("## Time")[0]
     line = section.partition("- one-sided 0.5, taught at 1: the share")[2].partition("\n- ")[0]
     assert "ahead of joint training's exits together at no exit." in line
+
+
+def test_joint_training_and_dfs_are_crossed_with_the_augmentation_where_both_were_run_as_long(root):
+    folder = root / "benchmarks/results"
+    assert "### With RandAugment" not in text(root)
+
+    def runs(gain_of_dfs, augmentation):
+        of_settings = [("joint", 0, 50.0), ("one-sided 0.5", 0, 50.0 + gain_of_dfs), ("one-sided 0.5", 1, 99.0)]
+        made = [fine_tuned_run(setting, seed, top1 + augmentation) for setting, seed, top1 in of_settings]
+        together = dict(mean=[0.0] * 4, fitted=[41.0] * 4)
+        return [json.dumps(dict(run, epochs=9, machine="made up", together=together)) for run in made]
+
+    (folder / "study_plain.jsonl").write_text("\n".join(runs(2.0, 0.0)))
+    with (folder / "study_randaugment.jsonl").open("a") as file:
+        file.write("\n".join(["", *runs(-1.0, 5.0)]))
+    made = text(root)
+    assert "### RandAugment and erasing, 4 epochs" in made and "### RandAugment and erasing, 9 epochs" not in made
+    section = made.partition("### With RandAugment and erasing and without, 9 epochs")[2].partition("## Time")[0]
+    assert "1 seed, on made up" in section
+    of_top1 = section.partition("Exits that answer together")[0]
+    for first, value in {
+        "crops and mirroring: joint": "50.00",
+        "crops and mirroring: DFS": "52.00",
+        "crops and mirroring: DFS − joint": "+2.00",
+        "RandAugment and erasing: joint": "55.00",
+        "RandAugment and erasing: DFS": "54.00",
+        "RandAugment and erasing: DFS − joint": "-1.00",
+        "augmentation, with joint training": "+5.00",
+        "augmentation, with DFS": "+2.00",
+    }.items():
+        assert cells(of_top1, first) == [value] * 4
+    assert "by +2.00, +2.00, +2.00, +2.00 points without the augmentation and by -1.00" in section
 
 
 def test_the_network_without_early_exits_is_compared_at_its_last_exit_alone(root):

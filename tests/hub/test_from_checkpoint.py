@@ -375,6 +375,12 @@ def test_neither_thresholds_nor_accuracies_are_from_images_that_were_trained_on(
     assert f"{options[1]} shares images with train, which was trained on" in capsys.readouterr().err
 
 
+def test_a_split_of_which_its_name_does_not_tell_whether_it_was_trained_on_is_refused_too(ship, capsys):
+    with pytest.raises(SystemExit):
+        ship("--test", "train[6:]", train_split="train[:50%]")
+    assert "train[6:] shares images with train[:50%], which was trained on, or may" in capsys.readouterr().err
+
+
 def test_how_many_workers_there_were_and_how_often_was_validated_do_not_make_another_recipe(ship, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(recipe.read_text() + "workers: 4\nval_interval: 20\n")

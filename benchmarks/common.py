@@ -154,11 +154,19 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
 
-def peak_memory(model: str, model_kwargs: dict, batch_size: int) -> int:
+def peak_memory(
+    model: str,
+    model_kwargs: dict,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> int:
     """Peak memory in bytes of three training steps above that of the model, measured in a separate process."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    process = context.Process(target=_measure_memory, args=(queue, model, model_kwargs, batch_size))
+    process = context.Process(
+        target=_measure_memory, args=(queue, model, model_kwargs, batch_size, dtype, memory_format)
+    )
     process.start()
     process.join()
     if process.exitcode:
@@ -166,10 +174,13 @@ def peak_memory(model: str, model_kwargs: dict, batch_size: int) -> int:
     return queue.get()
 
 
-def _measure_memory(queue, model: str, model_kwargs: dict, batch_size: int) -> None:
-    trainer = Trainer(model, model_kwargs, 0.1, 10)
+def _measure_memory(
+    queue, model: str, model_kwargs: dict, batch_size: int, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    trainer = Trainer(model, model_kwargs, 0.1, 10, dtype)
+    trainer.model.to(memory_format=memory_format)
     size = trainer.model.pretrained_cfg["input_size"]
-    x = torch.randn(batch_size, *size).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch_size, *size).contiguous(memory_format=memory_format)
     target = torch.randint(trainer.model.num_classes, (batch_size,))
     before = _resident("VmRSS")
     for _ in range(3):

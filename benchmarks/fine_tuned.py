@@ -69,9 +69,8 @@ def setting(arguments: dict) -> str:
         'two-sided 0.5, chained 0.5'
     """
     kwargs = arguments["model_kwargs"]
-    default = timm.create_model(arguments["model"], **kwargs).referencing  # architectures have different ones
-    referencing = kwargs.get("referencing", default).replace("_", "-")
-    parts = ["joint" if kwargs["beta"] == "joint" else f"{referencing} {kwargs['beta']}"]
+    model = timm.create_model(arguments["model"], **kwargs)  # architectures have different defaults
+    parts = ["joint" if model.beta == "joint" else f"{model.referencing.replace('_', '-')} {model.beta}"]
     if kwargs.get("chain"):
         parts.append(f"chained {kwargs['chain']}")
     if teacher := arguments.get("kd_model_name"):

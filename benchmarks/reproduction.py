@@ -35,7 +35,7 @@ VALUES: dict[str, Callable[[dict], list[float]]] = dict(
     early_exit_together=lambda run: run["early_exit"]["fitted"],
 )
 """What the tables of a run show, by name."""
-T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Quantile of Student's t, two-sided at 95 %, by the number of seeds."""
 
 
@@ -118,6 +118,7 @@ def generated(root: Path) -> dict[str, str]:
             )
             for of_length in divided(augmented, "epochs")
             if of_length[0]["epochs"] not in {table["epochs"] for table in both}
+            or any(run["setting"] not in ("joint", DFS_05) for run in of_length)
         ],
         crossed=both,
         dfs_setting=DFS_05,
@@ -185,6 +186,8 @@ def study(runs: list[dict]) -> list[dict]:
     tables = []
     for of_length in divided(runs, "epochs"):
         rows = compared(of_length, lambda run: run["top1"], WITH_EXITS)
+        if not rows:  # joint training is still to come
+            continue
         epochs, exits = of_length[0]["epochs"], len(rows[0]["mean"])
         tables.append(dict(epochs=epochs, rows=rows, exits=exits, missing=missing(of_length)))
     return tables

@@ -7,7 +7,8 @@
 A step is forward pass, backward pass and SGD. Methods alternate, figures are medians, and only ratios within one run
 are comparable. "arithmetic" is the speed-up that the saved multiply-adds (MACs) allow: the backward pass costs twice
 the forward pass, one half of it for the gradients of layer inputs, of which a partition needs only the share ``beta``
-where a convolution directly reads the feature. Memory is the peak above that of the model, in a separate process.
+where a convolution directly reads the feature. That is a bound: for a large share all are computed, which is faster.
+Memory is the peak above that of the model, in a separate process.
 
 Part of a step's time is page faults, because glibc returns large tensors to the system at once: up to a sixth of VGG7's
 step, varying by chance. Set MALLOC_MMAP_THRESHOLD_=2000000000 and MALLOC_TRIM_THRESHOLD_=8000000000 in the environment
@@ -37,7 +38,8 @@ FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["dfs_vgg7_cifar100", "dfs_msdnet_cifar100"])
-    parser.add_argument("--methods", nargs="*", default=["joint", "DFS 0.1", "DFS 0.5", "DFS 0.9", "BYOT"])
+    default = ["joint", "DFS 0.1", "DFS 0.5", "DFS 0.9", "BYOT"]
+    parser.add_argument("--methods", nargs="*", default=default, choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
@@ -87,8 +89,12 @@ def measure(args: argparse.Namespace, name: str, batch_size: int, memory_format:
     for method, speed in speeds.items():
         ours = method in METHODS
         gain = f"{arithmetic_gain(name, METHODS[method]):.2f}" if ours else ""
-        memory = f"{peak_memory(name, METHODS[method], batch_size) / 1e6:.0f}" if ours and args.memory else ""
-        print(f"| {method} | {speed:.1f} | {speed / speeds['joint']:.2f}× | {gain} | {memory} |", flush=True)
+        against = f"{speed / speeds['joint']:.2f}×" if "joint" in speeds else ""
+        memory = ""
+        if ours and args.memory:
+            peak = peak_memory(name, METHODS[method], batch_size, DTYPES[dtype], FORMATS[memory_format])
+            memory = f"{peak / 1e6:.0f}"
+        print(f"| {method} | {speed:.1f} | {against} | {gain} | {memory} |", flush=True)
     return speeds
 
 

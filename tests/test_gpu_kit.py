@@ -308,6 +308,21 @@ def test_a_captured_forward_pass_takes_nothing_from_the_processor():
             torch.ones(2).to(device)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.11"),
+    reason="fake CUDA tensors need a driver before torch 2.11 (seen with 2.9.1)",
+)
+@pytest.mark.parametrize("settings", [dict(chain=0.5), dict(beta=0.5, referencing="off")], ids=str)
+def test_a_captured_moving_average_takes_nothing_from_the_processor(settings):
+    """ModelEmaV3 reads the state dicts of both networks at every update."""
+    with FakeTensorMode():
+        with torch.device("cuda:0"):
+            model = timm.create_model("dfs_msdnet_cifar100", num_classes=CLASSES, **NETWORK, **settings)
+        with Graphable("cuda"):
+            state = model.state_dict()
+        assert all(value.device.type == "cuda" for value in state.values())
+
+
 class PretendedGraph:
     """A graph for the CPU: holds the numbers that Python had when it was captured, and computes when replayed."""
 

@@ -118,6 +118,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"opt is {args.opt!r}; this loop has {' and '.join(sorted(OPTIMIZERS))}, train.py the others.")
     if args.sched == "plateau":
         raise ValueError("sched is 'plateau', which wants the loss at every update; take another, or train.py.")
+    if args.sched == "none":
+        raise ValueError("sched is 'none', for which timm makes no schedule; take 'constant'.")
     if args.model_kwargs.get("aggregator"):
         raise ValueError(
             f"aggregator is {args.model_kwargs['aggregator']!r}, which waits for the device; use train.py."

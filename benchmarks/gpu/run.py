@@ -58,7 +58,11 @@ class Training:
         settings: dict,
         capture: str = "branches",
     ):
-        recipes = {name: read_recipe(recipe, {**settings, "model_kwargs": kwargs}) for name, kwargs in runs.items()}
+        of_all = settings.get("model_kwargs") or {}
+        recipes = {
+            name: read_recipe(recipe, {**settings, "model_kwargs": {**of_all, **kwargs}})
+            for name, kwargs in runs.items()
+        }
         self.begun = time.time()
         self.args = args = next(iter(recipes.values()))
         self.output = output
@@ -168,6 +172,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def training(args: argparse.Namespace, capture: str) -> Training:
     """The training that parsed arguments ask for."""
     runs = {words[0]: keywords(words[1:]) for words in args.run}
+    if len(runs) < len(args.run):
+        raise ValueError(
+            f"Two of --run have one name ({', '.join(words[0] for words in args.run)}); give each its own."
+        )
     return Training(args.config, args.data, args.output, runs, keywords(args.set), capture)
 
 

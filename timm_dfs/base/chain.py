@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,11 +61,11 @@ class ChainedVisitor:
         return rows
 
 
-def note_chain(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+def note_chain(model: Any, state_dict: dict, prefix: str, *_) -> None:
     """Add the chain of a network with chained exits to its state dict."""
     if model.chain:
         like = next(model.parameters())
-        state_dict[prefix + KEY] = torch.tensor(model.chain, device=like.device)
+        state_dict[prefix + KEY] = torch.full((), model.chain, device=like.device)  # no copy: graphs capture it
 
 
 def compare_chain(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:

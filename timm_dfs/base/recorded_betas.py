@@ -24,7 +24,9 @@ def betas_of(model: Any) -> list[float]:
 def note_betas(model: Any, state_dict: dict, prefix: str, *_) -> None:
     """Add the ratios of a network without referencing to its state dict."""
     if betas := betas_of(model):
-        state_dict[prefix + KEY] = torch.tensor(betas, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        of_exits = [torch.full((), beta, device=device) for beta in betas]  # no copy: CUDA graphs capture it
+        state_dict[prefix + KEY] = torch.stack(of_exits)
 
 
 def compare_betas(model: Any, state_dict: dict, prefix: str, *_) -> None:

@@ -51,6 +51,31 @@ def test_predictions_between_steps_of_training_are_of_the_trained_weights():
     torch.testing.assert_close(timm_dfs.predict(model, images(), NEVER).logits, copy.deepcopy(model).eval()(images()))
 
 
+def test_logits_of_a_data_set_are_of_weights_that_changed_in_eval_mode():
+    model = network("dfs_levit_128s").eval()
+    loader = [(images(), torch.zeros(1).long())]
+    timm_dfs.collect_logits(model, loader)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter += torch.randn_like(parameter)
+    found, _ = timm_dfs.collect_logits(model, loader)
+    torch.testing.assert_close(found[-1], copy.deepcopy(model).eval()(images()))
+
+
+def test_weights_that_are_loaded_into_the_backbone_alone_are_used_at_once():
+    model = network("dfs_levit_128s").eval()
+    timm_dfs.predict(model, images(), NEVER)
+    model.backbone.load_state_dict(with_other_biases(model.backbone))
+    torch.testing.assert_close(timm_dfs.predict(model, images(), NEVER).logits, copy.deepcopy(model).eval()(images()))
+
+
+def test_a_model_that_was_called_with_gradients_can_be_fused():
+    model = network("dfs_levit_128s").eval()
+    model(images())
+    assert timm_dfs.fuse(model).is_fused
+
+
 def test_modes_that_were_set_one_by_one_stay():
     model = network("dfs_levit_128s").train()
     for module in list(model.modules())[::3]:

@@ -136,9 +136,16 @@ def test_what_thresholds_were_fitted_on_cannot_bound_their_risk(data):
         operating_frontier(val, [1, 2, 3], points=4),
     )
     for bound in (lambda data: bound_risk(point, data), lambda data: control_risk(points, data, 5)):
-        with pytest.raises(ValueError, match=r"300 of the 300 held-out samples.*fitted on"):
+        with pytest.raises(ValueError, match=r"300 of the 300 held-out samples.*fitted or chosen on"):
             bound(val)
         bound(held_out)
+
+
+def test_what_a_point_was_chosen_on_cannot_bound_its_risk_again(data):
+    val, held_out = data
+    chosen = control_risk(operating_frontier(val, [1, 2, 3], points=4), held_out, 5)
+    with pytest.raises(ValueError, match=r"300 of the 300 held-out samples.*fitted or chosen on"):
+        bound_risk(chosen, held_out)
 
 
 # What is refused.

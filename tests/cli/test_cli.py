@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import NATIVE
+from helpers import NATIVE, tiny_vgg
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import timm_dfs
 from timm_dfs.cli import app
-from timm_dfs.cli.base import create, refuse_new_classifiers
+from timm_dfs.cli.base import choose_policy, create, refuse_new_classifiers
 from timm_dfs.cli.bench import HALF
 from timm_dfs.evaluation.bench import LAST_EXIT, Timing
 from timm_dfs.models.dfs_twins import BASES
@@ -104,6 +104,19 @@ def test_info_describes_each_exit():
     data = run_json("info", "dfs_vgg7_cifar100")
     assert [row["channels"] for row in data["exits"]] == [64, 64, 128, 128, 256, 256]
     assert "stages.5" in run("info", "dfs_vgg7_cifar100").stdout
+
+
+def test_info_names_all_that_a_preset_decides_by():
+    lines = run("info", "dfs_tf_efficientnet_lite0.cifar100").stdout.split("preset ")
+    (balanced,) = [" ".join(line.split()) for line in lines if line.startswith("balanced")]
+    assert "margin at least" in balanced and "logits divided by 0." in balanced
+    assert "exits predict together with those before them" in balanced
+
+
+def test_the_presets_that_there_are_are_named_where_balanced_is_not_among_them():
+    model = tiny_vgg(presets=dict(mine=dict(thresholds=[0.5, 0.5, 0.0])))
+    with pytest.raises(ValueError, match="has the presets mine; choose one by --policy, or say when"):
+        choose_policy(model, None, None, "--policy")
 
 
 def test_flops_and_info_are_of_the_weights_that_are_named():

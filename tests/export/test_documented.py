@@ -34,7 +34,7 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployed")
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "image.png")
     export_onnx(model, folder / "exported", timm_dfs.ExitPolicy([0.6, 0.6, 0.0]))
     return folder

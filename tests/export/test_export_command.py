@@ -104,6 +104,7 @@ def test_calibration_on_images_that_the_run_trained_on_is_warned_of(folder, tmp_
         (("--int8", "--thresholds", "0.5,0"), "--int8 and --calibration together"),
         (("--opset", "11", "--thresholds", "0.5,0"), "opset is 11"),
         ((), "has no presets"),
+        (("--policy", "fast", "--thresholds", "0.5,0"), "Both --policy and --thresholds"),
     ],
 )
 def test_mistakes_end_with_one_line(tmp_path, options, message):

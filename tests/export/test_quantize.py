@@ -137,6 +137,16 @@ def test_thresholds_that_few_images_decide_cause_a_warning():
         refit(ExitPolicy([1, 1, 0], "patience"), logits, logits, targets)
 
 
+def test_an_accuracy_that_falls_far_causes_a_warning():
+    logits = of_confidences([0.95] * 30 + [0.7] * 32, [0.85] * 62, [0.7] * 62)
+    policy, targets = ExitPolicy([0.9, 0.8, 0.0]), logits[0].argmax(-1)
+    with pytest.warns(UserWarning, match="In int8 the accuracy of the last exit is 0.0 % instead of 100.0 %"):
+        refit(policy, logits, logits.flip(-1), targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refit(policy, logits, logits, targets)
+
+
 def test_calibration_images_of_another_size_than_the_files_are_refused(model, calibration, policy, tmp_path):
     with pytest.raises(ValueError, match="calibration images are 24 x 24 pixels, but the file takes 16 x 16"):
         given = images(40, 24), calibration[1]

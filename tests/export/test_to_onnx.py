@@ -321,6 +321,15 @@ def test_with_fewer_images_than_exits_the_deepest_exits_are_verified():
     assert sorted(exits.tolist()) == [3, 4]
 
 
+def test_exits_that_no_image_could_be_compared_at_are_named(msdnet, batch, tmp_path):
+    policy = ExitPolicy([0.5] * msdnet.num_exits)
+    with pytest.warns(UserWarning, match="No image that was verified with leaves at exits 0"):
+        export_onnx(msdnet, tmp_path / "alike", policy, images=batch[:1].repeat(8, 1, 1, 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="No image that was verified with")
+        export_onnx(msdnet, tmp_path / "different", policy, images=batch)
+
+
 @pytest.mark.parametrize(("batch_size", "verified"), [(None, 3), (2, 4)])
 def test_there_are_at_least_as_many_images_of_noise_as_exits(msdnet, tmp_path, monkeypatch, batch_size, verified):
     monkeypatch.setattr(to_onnx, "VERIFIED", 1)

@@ -620,7 +620,9 @@ def test_an_exit_before_all_trained_ones_may_be_frozen_in_a_chain(make):
         (dict(loss_weights=[0, 0, 1], beta="joint"), None),
         (dict(loss_weights=[0, 1, 1], beta=[1, 0.5]), None),
         (dict(loss_weights=[1, 1, 1], beta=0.5), None),
-        (dict(loss_weights=[1, 1, 0], beta=0.5), None),
+        (dict(loss_weights=[1, 1, 0], beta=0.5, referencing="one_sided"), None),
+        (dict(loss_weights=[1, 1, 0], beta=0.5, referencing="two_sided"), "no exit after exit 1 a weight, and with"),
+        (dict(loss_weights=[1, 0, 0], beta=[0, 1], referencing="two_sided"), None),
         (dict(loss_weights=[0, 1, 1], beta=0.5, train_backbone=False), None),
     ],
 )

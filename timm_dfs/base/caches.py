@@ -4,6 +4,8 @@ Such a layer forgets what it keeps when :meth:`~torch.nn.Module.train` is called
 ``model.eval()`` do, but not when a mode is set in another way or when weights are loaded.
 """
 
+from typing import Any
+
 from torch import nn
 
 
@@ -15,3 +17,8 @@ def forget(model: nn.Module) -> None:
             module.train(False)
     for module, mode in modes.items():
         module.training = mode
+
+
+def forget_after_loading(model: nn.Module, _: Any) -> None:
+    """:func:`forget`, as a hook of ``load_state_dict``."""
+    forget(model)

@@ -11,7 +11,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import nn
 
 from .arguments import check_names
-from .caches import forget
+from .caches import forget_after_loading
 from .chain import ChainedVisitor, check_chain, compare_chain, note_chain
 from .equilibrium import balance
 from .heads import Classifiers, ExitHead
@@ -128,7 +128,7 @@ class MultiExitModel(nn.Module):
         self.register_state_dict_post_hook(note_chain)
         self.register_load_state_dict_pre_hook(compare_betas)
         self.register_state_dict_post_hook(note_betas)
-        self.register_load_state_dict_post_hook(_forget_the_weights_before)
+        self.register_load_state_dict_post_hook(forget_after_loading)
 
     def __prepare_scriptable__(self) -> None:
         raise ValueError(NO_TORCHSCRIPT)
@@ -190,6 +190,18 @@ class MultiExitModel(nn.Module):
                 f"loss_weights gives {'exits' if untrained[1:] else 'exit'} {', '.join(untrained)} no weight, and with "
                 f"beta={self.beta} no other loss trains the channels that belong to an exit, so that they stay as they "
                 "are. Give beta='joint', or a sequence that is 1 there.",
+                stacklevel=3,
+            )
+        of_deeper = [
+            str(k)
+            for k, partition in enumerate(self.partitions)
+            if 0 < partition.shared < partition.channels and weights[k] and not any(objective.loss_weights[k + 1 :])
+        ]
+        if of_deeper and self.referencing != "one_sided":
+            warnings.warn(
+                f"loss_weights gives no exit after exit {of_deeper[0]} a weight, and with beta={self.beta} and "
+                f"referencing={self.referencing!r} no other loss trains the channels of its feature that belong to "
+                "these, so that they stay as they are. Give beta='joint', or a sequence that is 0 there.",
                 stacklevel=3,
             )
 
@@ -526,10 +538,6 @@ def refuse_reentrant() -> None:
             "timm is set to reentrant gradient checkpointing, which drops the gradients of layers whose inputs need "
             "none; unset TIMM_REENTRANT_CKPT or call timm.layers.set_reentrant_ckpt(False)."
         )
-
-
-def _forget_the_weights_before(model: MultiExitModel, _: Any) -> None:
-    forget(model)
 
 
 def _without_presets_of_other_weights(model: MultiExitModel, state_dict: dict, prefix: str, *_) -> None:

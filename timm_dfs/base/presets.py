@@ -25,15 +25,17 @@ def presets_as_json(presets: dict[str, dict]) -> dict[str, dict]:
 def classifier_biases(model: Any) -> torch.Tensor:
     """Biases of the exits' classifiers, or a row of weights of those without, as one vector: any training changes it.
 
-    Copied in float32 to the CPU; empty for weights that are not there (of the meta device) or of another kind.
+    A copy in float32 on the CPU; empty for weights that are not there (of the meta device) or of another kind.
     """
     found = []
     for classifier in model.get_classifier():
         bias, weight = getattr(classifier, "bias", None), getattr(classifier, "weight", None)
         values = bias if isinstance(bias, torch.Tensor) else weight[0] if isinstance(weight, torch.Tensor) else None
         if values is not None and not values.is_meta:
-            found.append(values.detach().float().cpu().flatten())
-    return torch.cat(found) if found else torch.empty(0)
+            found.append(values.detach().float().flatten())
+    if len({values.device for values in found}) > 1:
+        found = [values.cpu() for values in found]
+    return torch.cat(found).cpu() if found else torch.empty(0)  # one transfer from the device
 
 
 def were_trained(biases: torch.Tensor, before: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from .logits import check_data
 from .operating_point import Data, OperatingPoint, Risk
-from .seen import refuse_seen
+from .seen import fingerprints, refuse_seen
 
 LARGEST_BET = 1.5
 """Largest share of the capital bet on one sample, in units of half the range of drops; below 2, at which one sample
@@ -108,7 +108,8 @@ def control_risk(
             break
         passed.append(point)
     cheapest = min(passed, key=lambda point: point.average_flops)
-    return replace(cheapest, risk=Risk(max_accuracy_drop, confidence_level, samples))
+    seen = cheapest.seen | fingerprints(held_out[0])  # the choice was made on these as well
+    return replace(cheapest, risk=Risk(max_accuracy_drop, confidence_level, samples), seen=seen)
 
 
 def is_shown(drops: torch.Tensor, most: float, confidence_level: float) -> bool:

@@ -38,8 +38,8 @@ def refuse_seen(seen: Set[bytes], logits: torch.Tensor, name: str, chosen: str) 
     known = sum(row in seen for row in rows)
     if known > ACCEPTED * len(rows):
         raise ValueError(
-            f"{known} of the {len(rows)} {name} samples are among those that {chosen} was fitted on, which would "
-            "flatter it; give other samples."
+            f"{known} of the {len(rows)} {name} samples are among those that {chosen} was fitted or chosen on, which "
+            "would flatter it; give other samples."
         )
 
 

@@ -255,10 +255,13 @@ def make_table(*headers: str, title: str | None = None) -> Table:
     return table
 
 
-def choose_policy(model: MultiExitModel, preset: str | None, thresholds: str | None) -> ExitPolicy:
+def choose_policy(
+    model: MultiExitModel, preset: str | None, thresholds: str | None, option: str = "--preset"
+) -> ExitPolicy:
+    """The policy that a command was given by ``option`` or ``--thresholds``; else the preset ``balanced``."""
     if thresholds is not None:
         if preset is not None:
-            raise ValueError("Both --preset and --thresholds are given; give one of them.")
+            raise ValueError(f"Both {option} and --thresholds are given; give one of them.")
         try:
             values = [None if value.strip().lower() == "none" else float(value) for value in thresholds.split(",")]
         except ValueError:
@@ -268,5 +271,9 @@ def choose_policy(model: MultiExitModel, preset: str | None, thresholds: str | N
             ) from None
         return resolve_policy(model, ExitPolicy(values))
     if preset is None and DEFAULT_PRESET not in model.presets:
-        raise ValueError("This model has no presets; say when to answer with --thresholds 0.9,0.9,…, one per exit.")
+        known = ", ".join(model.presets)
+        raise ValueError(
+            f"This model has {f'the presets {known}; choose one by {option}, or' if known else 'no presets;'} say when "
+            "to answer with --thresholds 0.9,0.9,…, one per exit."
+        )
     return resolve_policy(model, preset or DEFAULT_PRESET)

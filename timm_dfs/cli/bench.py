@@ -45,7 +45,8 @@ def bench(
     data: DataOptions,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Images per batch; may be repeated.")] = None,
     thresholds: Annotated[
-        str | None, typer.Option(help="A further operating point: one threshold per exit, 0.9,0.9,…")
+        str | None,
+        typer.Option(help="A further operating point: 0.9,0.9,…, one threshold per exit on its largest probability."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time to measure each batch size for.")] = 10,
     checkpoint: Checkpoint = None,

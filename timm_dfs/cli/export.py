@@ -44,7 +44,9 @@ def export_model(
     model_name: ModelName,
     output: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
     policy: Annotated[str | None, typer.Option(help=f"Operating point; by default {DEFAULT_PRESET!r}.")] = None,
-    thresholds: Annotated[str | None, typer.Option(help="One per exit, commas between, instead of a preset.")] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Instead of a preset: 0.9,0.9,…, one per exit on its largest probability.")
+    ] = None,
     layout: Annotated[
         str,
         typer.Option(
@@ -97,7 +99,7 @@ def export_model(
         if policy is not None or thresholds is not None:
             raise ValueError("The layout 'last' has no early exits; leave --policy and --thresholds out.")
     elif thresholds is not None or (policy is None and DEFAULT_PRESET not in model.presets):
-        chosen = choose_policy(model, policy, thresholds)
+        chosen = choose_policy(model, policy, thresholds, "--policy")
     else:
         chosen = policy or DEFAULT_PRESET
     data = None

@@ -47,7 +47,7 @@ def predict_images(
     ],
     preset: Annotated[str | None, typer.Option(help=f"Preset; by default {DEFAULT_PRESET!r}.")] = None,
     thresholds: Annotated[
-        str | None, typer.Option(help="Thresholds instead of a preset, one per exit, separated by commas.")
+        str | None, typer.Option(help="Instead of a preset: 0.9,0.9,…, one per exit on its largest probability.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File to write instead, one image a line: .csv, or .jsonl for JSON lines.")

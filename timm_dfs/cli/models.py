@@ -113,6 +113,10 @@ def _in_words(preset: dict[str, Any]) -> str:
     """A preset in one line, numbers rounded."""
     thresholds = " ".join("never" if value is None else f"{value:.3f}" for value in preset["thresholds"])
     parts = [f"{preset.get('confidence', 'max_prob')} at least {thresholds}"]
+    if preset.get("temperatures"):
+        parts.append(f"logits divided by {' '.join(f'{value:.2f}' for value in preset['temperatures'])}")
+    if preset.get("ensemble"):
+        parts.append("exits predict together with those before them")
     if "average_flops" in preset:
         parts.append(f"{millions(preset['average_flops'])} M multiply-adds on average")
     if "accuracy" in preset:

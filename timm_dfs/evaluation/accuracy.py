@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..base.caches import forget
 from ..base.evaluating import as_images, evaluating, require_classes, require_exits
 from ..base.model import MultiExitModel
 from ..calibration.logits import check_finite, check_on_cpu, check_targets, warn_of_probabilities
@@ -36,6 +37,7 @@ def collect_logits(
     """
     require_exits(model)
     require_classes(model)
+    forget(model)  # weights may have changed since the model was put into eval mode
     logits, targets = [], []
     with evaluating(model), torch.inference_mode():
         for batch in loader:

@@ -115,8 +115,6 @@ def _max_prob(scope: Scope, probabilities: str, classes: int) -> str:
 
 
 def _margin(scope: Scope, probabilities: str, classes: int) -> str:
-    if classes == 1:
-        return _max_prob(scope, probabilities, classes)
     best = scope.op("TopK", probabilities, scope.constant([2]), axis=1, outputs=2)
     first, second = (scope.op("Gather", best, scope.constant(i), axis=1) for i in (0, 1))
     return scope.op("Sub", first, second)
@@ -126,7 +124,7 @@ def _entropy(scope: Scope, probabilities: str, classes: int) -> str:
     positive = scope.op("Max", probabilities, scope.constant(_TINY, np.float32))
     products = scope.op("Mul", probabilities, scope.op("Log", positive))
     negative = scope.op("ReduceSum", products, scope.constant([1]), keepdims=0)
-    share = scope.op("Div", negative, scope.constant(math.log(max(2, classes)), np.float32))
+    share = scope.op("Div", negative, scope.constant(math.log(classes), np.float32))
     return scope.op("Max", scope.op("Add", share, scope.constant(1, np.float32)), scope.constant(0, np.float32))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.caches import forget
 from ..base.model import MultiExitModel
 
 BATCH = "batch"
@@ -57,6 +58,7 @@ def require(module: str, extra: str = "deploy") -> Any:
 
 def plain(model: MultiExitModel) -> MultiExitModel:
     """A copy of the model in eval mode on the CPU, float32 and contiguous, which is what is exported."""
+    forget(model)  # what layers keep cannot be copied with its gradients
     exported = copy.deepcopy(model).eval().requires_grad_(False)
     return exported.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
 

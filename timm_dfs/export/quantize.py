@@ -21,6 +21,9 @@ from .verify import leaving_at
 BATCH_SIZE = 32
 """Images a batch of calibration."""
 
+MOST_LOST = 3
+"""Accuracy in percentage points that quantization may cost without a warning."""
+
 FEWEST = 30
 """Images at an exit that are enough to choose its threshold by."""
 
@@ -130,13 +133,16 @@ def refit(policy: ExitPolicy, before: torch.Tensor, after: torch.Tensor, targets
     if policy.confidence != PATIENCE:
         _warn_of_few(policy, exits_after)
     last = torch.full_like(exits, len(before) - 1)
+    correct = [
+        (_correct(policy.predicted(before), exits, targets), _correct(new.predicted(after), exits_after, targets)),
+        (_correct(before, last, targets), _correct(after, last, targets)),
+    ]
+    _warn_of_fall(correct)
+    early, of_last = ((_percent(one), _percent(other)) for one, other in correct)
     return Quantization(
         samples=len(targets),
-        accuracy=(
-            _top1(policy.predicted(before), exits, targets),
-            _top1(new.predicted(after), exits_after, targets),
-        ),
-        last_exit_accuracy=(_top1(before, last, targets), _top1(after, last, targets)),
+        accuracy=early,
+        last_exit_accuracy=of_last,
         exit_counts=(tuple(counts), tuple(torch.bincount(exits_after, minlength=len(before)).tolist())),
         thresholds=tuple(new.json_thresholds),
     )
@@ -155,6 +161,26 @@ def _warn_of_few(policy: ExitPolicy, exits: torch.Tensor) -> None:
         )
 
 
-def _top1(logits: torch.Tensor, exits: torch.Tensor, targets: torch.Tensor) -> float:
+def _warn_of_fall(correct: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Warn of an accuracy that falls by more than :data:`MOST_LOST`, and more than chance explains.
+
+    Args:
+        correct: Which samples are classified correctly (N,) in float32 and in int8: with early exit, by the last exit.
+    """
+    for name, (before, after) in zip(("early exit", "the last exit"), correct):
+        lost = 100 * (before - after)
+        if lost.mean() - 2 * lost.std() / len(lost) ** 0.5 > MOST_LOST:
+            warnings.warn(
+                f"In int8 the accuracy of {name} is {_percent(after):.1f} % instead of {_percent(before):.1f} % on the "
+                "calibration images; this network loses much by quantization, so export it in float32.",
+                stacklevel=4,
+            )
+
+
+def _correct(logits: torch.Tensor, exits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     chosen = logits[exits, torch.arange(len(exits))]
-    return 100 * (chosen.argmax(-1) == targets).double().mean().item()
+    return (chosen.argmax(-1) == targets).double()
+
+
+def _percent(correct: torch.Tensor) -> float:
+    return 100 * correct.mean().item()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..base.evaluating import as_images, require_exits
+from ..base.evaluating import as_images, require_classes, require_exits
 from ..base.model import MultiExitModel
 from ..base.new_folder import is_new, new_folder
 from ..calibration.logits import check_data
@@ -224,8 +224,7 @@ def check_arguments(model: Any, folder: Path, layout: str, batch_size: int | Non
         raise ValueError(f"{type(model).__name__} is compiled or wrapped; give the model itself.")
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; choose one of {', '.join(map(repr, LAYOUTS))}.")
-    if model.num_classes < 1:
-        raise ValueError("The model has no classifier (num_classes=0), so no exit is ever confident; give one.")
+    require_classes(model)
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size is {batch_size!r}; give a number of images from 1 on, or None for any.")
     if softmax and layout == "stages":

@@ -79,6 +79,8 @@ def verify(
         if softmax:
             expected = expected._replace(logits=_probabilities(each, expected))
         near = near_threshold(each, logits)
+        if name == "mixed":
+            _warn_of_uncompared(each, expected.exit_index[~near])
         thresholds = np.asarray(each.thresholds, np.float32)
         for size in dict.fromkeys(sizes):
             results = [run(part.numpy(), thresholds) for part in images.split(size)]
@@ -87,6 +89,17 @@ def verify(
             counts = torch.bincount(found.exit_index, minlength=len(logits)).tolist()
             checks.append(Check(name, size, tuple(counts), largest, int(near.sum())))
     return tuple(checks)
+
+
+def _warn_of_uncompared(policy: ExitPolicy, exits: torch.Tensor) -> None:
+    """Warn of exits at which no image is sure to leave by thresholds that :func:`mixed` chose for all of them."""
+    missing = sorted(set(policy.answering) - set(exits.tolist()))
+    if missing and policy.confidence != PATIENCE:
+        warnings.warn(
+            f"No image that was verified with leaves at exits {', '.join(map(str, missing))}, so their logits were not "
+            "compared; give more images, and different ones, or leave images out.",
+            stacklevel=4,
+        )
 
 
 def _compare(where: str, found: Prediction, expected: Prediction, near: torch.Tensor) -> float:
@@ -171,9 +184,8 @@ def near_threshold(policy: ExitPolicy, logits: torch.Tensor) -> torch.Tensor:
     near = torch.zeros(logits.shape[1], dtype=torch.bool)
     for k in early:
         if policy.confidence == PATIENCE:
-            if logits.shape[-1] > 1:
-                first, second = logits[k].topk(2).values.unbind(-1)
-                near |= first - second < NEAR
+            first, second = logits[k].topk(2).values.unbind(-1)
+            near |= first - second < NEAR
         else:
             near |= (_confidence(policy, k, logits) - policy.thresholds[k]).abs() < NEAR
     return near

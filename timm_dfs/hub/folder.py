@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 
+from ..base.caches import forget
 from ..base.evaluating import evaluating, require_exits
 from ..base.model import MultiExitModel
 from ..base.new_folder import is_new, new_folder
@@ -195,6 +196,7 @@ def check_same(model: MultiExitModel, folder: Path) -> None:
 
 def _gives_same_logits(model: MultiExitModel, folder: Path) -> bool:
     """Whether the model that timm builds from a folder's config gives a model's logits from the same weights."""
+    forget(model)  # what layers keep cannot be copied with its gradients
     ours = copy.deepcopy(model).cpu().float().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # presets are dropped from this copy

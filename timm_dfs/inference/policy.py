@@ -24,7 +24,8 @@ class ExitPolicy:
 
     Args:
         thresholds: One number per exit, shallow to deep; ``None`` or infinity switches the exit off. A finite threshold
-            that no confidence can reach switches it off too, with a warning.
+            that no confidence can reach switches it off too, with a warning; for patience, one above the number of
+            exits but two, which is the most that an early exit can have before it.
         confidence: A key of :data:`CONFIDENCES`, or ``"patience"``.
         temperatures: One per exit, by which its logits are divided before their softmax (Guo et al., ICML 2017);
             by default 1. Predictions do not depend on them, so patience takes none.

@@ -1,5 +1,6 @@
 """Early exit per sample inside a batch."""
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -36,10 +37,11 @@ def resolve_policy(model: MultiExitModel, policy: ExitPolicy | str) -> ExitPolic
         ValueError: If there is no such preset, or it does not have one threshold per exit.
     """
     if isinstance(policy, str):
-        if policy not in model.presets:
-            known = ", ".join(map(repr, model.presets)) or "none"
+        presets = model.presets  # compares weights
+        if policy not in presets:
+            known = ", ".join(map(repr, presets)) or "none"
             raise ValueError(f"There is no preset {policy!r}; this model has {known}. Or give an ExitPolicy.")
-        policy = ExitPolicy.from_preset(model.presets[policy])
+        policy = ExitPolicy.from_preset(presets[policy])
     if not isinstance(policy, ExitPolicy):
         raise ValueError(f"policy is {policy!r}; give an ExitPolicy or the name of a preset.")
     policy.check_exits(model.num_exits)
@@ -122,10 +124,11 @@ def predict(model: MultiExitModel, x: torch.Tensor, policy: ExitPolicy | str) ->
 def _in_order(left: list[tuple[int, list[int], torch.Tensor]], batch: int) -> Prediction:
     """Results of all exits, each sample in its own row: ordinary tensors, made outside inference mode."""
     _, _, some = left[0]
-    logits = torch.empty(batch, *some.shape[1:], dtype=some.dtype, device=some.device)
+    dtype = functools.reduce(torch.promote_types, (of_rows.dtype for _, _, of_rows in left))
+    logits = torch.empty(batch, *some.shape[1:], dtype=dtype, device=some.device)
     exit_index = torch.empty(batch, dtype=torch.int64)
     for k, rows, of_rows in left:
         index = torch.tensor(rows)
         exit_index[index] = k
-        logits[index.to(some.device)] = of_rows
+        logits[index.to(some.device)] = of_rows.to(dtype)
     return Prediction(logits, exit_index.to(some.device))

@@ -8,6 +8,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
+from ..base.caches import forget_after_loading
 from ..base.evaluating import BATCH, on_shapes
 from ..base.heads import Classifiers, check_num_classes
 from ..base.model import MultiExitModel, Reader, Visitor, refuse_reentrant
@@ -85,6 +86,7 @@ class MultiExit(MultiExitModel):
         points = probe(backbone, choose(backbone, exits), size)
         parameter = next(backbone.parameters())
         self.backbone = traits
+        traits.register_load_state_dict_post_hook(forget_after_loading)
         self.pretrained_cfg = dict(traits.pretrained_cfg)
         self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *size[1:])
         self.heads = nn.ModuleList(

@@ -3,6 +3,8 @@
     python benchmarks/study.py --dataset uoft-cs/cifar100 --output benchmarks/results/study.jsonl
     python benchmarks/study.py --dataset uoft-cs/cifar100 --recipe randaugment --epochs 30 \\
         --output benchmarks/results/study_randaugment.jsonl
+    python benchmarks/study.py --dataset uoft-cs/cifar100 --recipe plain --epochs 60 --seeds 0 \\
+        --settings joint "one-sided 0.5" --output benchmarks/results/study_plain.jsonl
 
 Each run is one line of the output: what outcome.py says of the last 5,000 training images, which are held out. With
 the same seed, all settings start from the same weights and train on the same batches. Runs that the output already
